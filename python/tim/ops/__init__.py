@@ -1,0 +1,51 @@
+"""Operations of the TiM network and objective: each with forward, backward and forward-mode tangent.
+
+Every public function picks a compiled kernel where one covers its inputs and runs its PyTorch
+reference otherwise; `torch.func.jvp`, autograd, autocast and `torch.compile` work through all of
+them. Tangents are exact but not themselves differentiable: they keep no autograd graph.
+The operations registered under `torch.ops.tim` are private: called bare, they have no tangent.
+"""
+
+from tim.ops._dispatch import KERNEL_OPS, backends, reference_only
+from tim.ops.adaln import adaln, adaln_reference, gated_adaln, gated_adaln_reference
+from tim.ops.attention import attention, attention_reference
+from tim.ops.interpolate import interpolate, interpolate_reference
+from tim.ops.linear import linear
+from tim.ops.qk_norm_rope import qk_norm_rope, qk_norm_rope_reference, rotate_reference
+from tim.ops.swiglu import swiglu, swiglu_reference
+from tim.ops.transition_loss import (
+    TransitionLossTerms,
+    transition_loss,
+    transition_loss_reference,
+)
+
+__all__ = [
+    "KERNEL_OPS",
+    "TransitionLossTerms",
+    "adaln",
+    "adaln_reference",
+    "attention",
+    "attention_reference",
+    "available",
+    "gated_adaln",
+    "gated_adaln_reference",
+    "interpolate",
+    "interpolate_reference",
+    "linear",
+    "qk_norm_rope",
+    "qk_norm_rope_reference",
+    "reference_only",
+    "rotate_reference",
+    "swiglu",
+    "swiglu_reference",
+    "transition_loss",
+    "transition_loss_reference",
+]
+
+
+def available() -> dict[str, tuple[str, ...]]:
+    """Which operations have compiled kernels here: {"swiglu": ("cpu", "cuda"), ...}.
+
+    `attention` has none of its own yet: it is PyTorch's, with a tiled tangent.
+    """
+    return {name: backends(name) for name in (*KERNEL_OPS, "attention")}

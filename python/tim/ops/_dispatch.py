@@ -1,0 +1,197 @@
+"""What all operations share: tangents, the choice between kernel and reference, registration.
+
+Two rules keep this package's worst bug, a silent zero tangent, out:
+
+* Bare `torch.ops.tim.*` operations are private. The public function looks for forward-mode tangents
+  and calls the pair operation when it finds any; PyTorch itself would drop them without an error.
+* A backward formula that meets a tangent (forward-over-reverse) raises.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from tim import _extension
+
+DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+KERNEL_DTYPES = {
+    "cpu": (torch.float32, torch.bfloat16),
+    "cuda": (torch.float32, torch.bfloat16, torch.float16),
+}
+#: Operations with kernels, in the order in which a transformer block and the objective meet them.
+KERNEL_OPS = ("interpolate", "adaln", "qk_norm_rope", "swiglu", "transition_loss")
+
+library = torch.library.Library("tim", "DEF")
+_kernels_enabled = os.environ.get("TIM_KERNELS", "auto").lower() != "off"
+
+
+@contextmanager
+def reference_only() -> Iterator[None]:
+    """Run every operation's PyTorch reference inside this context, as `TIM_KERNELS=off` does."""
+    global _kernels_enabled
+    before, _kernels_enabled = _kernels_enabled, False
+    try:
+        yield
+    finally:
+        _kernels_enabled = before
+
+
+def backends(name: str) -> tuple[str, ...]:
+    """Device types for which the extension holds kernels of operation `name`."""
+    return tuple(
+        device
+        for device in ("cpu", "cuda")
+        if hasattr(_extension.kernels(device) or object(), name)
+    )
+
+
+def why_not(name: str, *tensors: Tensor) -> str | None:
+    """Reason why no kernel of `name` can take these tensors; None when one can.
+
+    The tensors must agree in dtype and device; callers promote before they ask.
+    """
+    if not _kernels_enabled:
+        return "TIM_KERNELS=off (or reference_only) is in force"
+    first = tensors[0]
+    device = first.device.type
+    dtype = first.dtype
+    if not hasattr(_extension.kernels(device) or object(), name):
+        return _extension.REASON or f"the extension has no {device} kernel for {name}"
+    if dtype not in KERNEL_DTYPES[device]:
+        return f"{device} kernels take {_names(KERNEL_DTYPES[device])}, got {dtype}"
+    for tensor in tensors:
+        if tensor.dtype != dtype or tensor.device != first.device:
+            return f"inputs differ in dtype or device: {dtype} and {tensor.dtype}"
+        if torch._C._functorch.is_batchedtensor(tensor):
+            return "torch.func.vmap has no rule for the kernel"
+    return None
+
+
+def _names(dtypes: Sequence[torch.dtype]) -> str:
+    return ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+
+
+def launch(name: str, anchor: Tensor, *arguments: object) -> None:
+    """Call kernel `name` for the device of `anchor`: torch's thread count, or its current stream."""
+    kernels = _extension.kernels(anchor.device.type)
+    if anchor.device.type == "cpu":
+        getattr(kernels, name)(*arguments, torch.get_num_threads())
+    else:
+        with torch.cuda.device(anchor.device):
+            stream = torch.cuda.current_stream().cuda_stream
+            getattr(kernels, name)(*arguments, stream)
+
+
+def pointer(tensor: Tensor | None) -> int:
+    """Address for the extension, 0 for an absent tensor."""
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def split_tangents(
+    *tensors: Tensor,
+) -> tuple[tuple[Tensor, ...], tuple[Tensor | None, ...] | None]:
+    """Primals and tangents of `tensors`; (tensors, None) when none carries a tangent."""
+    if forward_ad._current_level < 0:
+        return tensors, None
+    duals = [forward_ad.unpack_dual(tensor) for tensor in tensors]
+    if all(dual.tangent is None for dual in duals):
+        return tensors, None
+    return tuple(d.primal for d in duals), tuple(d.tangent for d in duals)
+
+
+def refuse_tangents(what: str, *tensors: Tensor | None) -> None:
+    """Raise NotImplementedError when a tensor carries a tangent that `what` would silently drop."""
+    if forward_ad._current_level < 0:
+        return
+    for tensor in tensors:
+        if tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None:
+            raise NotImplementedError(
+                f"{what} has no forward-mode rule; differentiate the reference instead "
+                "(tim.ops.reference_only())"
+            )
+
+
+def drop_tangent_graph(outputs: Tensor | tuple[Tensor, ...]) -> Tensor | tuple[Tensor, ...]:
+    """Outputs of a reference with the autograd graph of their tangents cut off.
+
+    Kernels keep no graph for tangents, so neither do references: the objective never differentiates
+    a tangent, and the graph would double the memory of the forward pass.
+    """
+    if forward_ad._current_level < 0:
+        return outputs
+    if isinstance(outputs, tuple):
+        return tuple(drop_tangent_graph(output) for output in outputs)  # type: ignore[misc]
+    primal, tangent = forward_ad.unpack_dual(outputs)
+    if tangent is None:
+        return outputs
+    return forward_ad.make_dual(primal, tangent.detach())
+
+
+def make_dual(primal: Tensor, tangent: Tensor) -> Tensor:
+    return forward_ad.make_dual(primal, tangent)
+
+
+def register(
+    schema: str,
+    implementation: Callable,
+    fake: Callable,
+    *,
+    backward: Callable | None = None,
+    setup_context: Callable | None = None,
+) -> Callable:
+    """Define the opaque operation `schema` (private) and return it as a callable.
+
+    Without `backward`, differentiating the operation raises: a missing rule must not look like a zero.
+    """
+    name = schema.split("(", 1)[0]
+    library.define(schema)
+    library.impl(name, implementation, "CPU")
+    library.impl(name, implementation, "CUDA")
+    torch.library.register_fake(f"tim::{name}", fake, lib=library)
+
+    def no_rule(ctx: object, *gradients: object) -> None:
+        raise NotImplementedError(f"tim::{name} is not differentiable")
+
+    torch.library.register_autograd(
+        f"tim::{name}", backward or no_rule, setup_context=setup_context, lib=library
+    )
+    return getattr(torch.ops.tim, name).default
+
+
+def promote(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Tensors in their common dtype: under autocast the residual stream is wider than its updates."""
+    dtype = tensors[0].dtype
+    if all(tensor.dtype == dtype for tensor in tensors):
+        return tensors
+    for tensor in tensors[1:]:
+        dtype = torch.promote_types(dtype, tensor.dtype)
+    return tuple(tensor.to(dtype) for tensor in tensors)
+
+
+def check_tensors(**tensors: Tensor) -> None:
+    """TypeError unless every argument is a floating-point tensor, ValueError if devices differ."""
+    device = None
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+        if not tensor.dtype.is_floating_point:
+            raise TypeError(f"{name} must have a floating-point dtype, got {tensor.dtype}")
+        if device is not None and tensor.device != device:
+            raise ValueError(
+                f"{name} must be on {device} like the other inputs, got {tensor.device}"
+            )
+        device = tensor.device
+
+
+def check_shape(name: str, tensor: Tensor, expected: Sequence[int], meaning: str) -> None:
+    """ValueError unless `tensor` has shape `expected`; `meaning` spells the shape in symbols."""
+    if tuple(tensor.shape) != tuple(expected):
+        raise ValueError(
+            f"{name} must have shape {meaning} = {list(expected)}, got {list(tensor.shape)}"
+        )

@@ -1,0 +1,337 @@
+"""Adaptive layer norm, plain and behind the gated residual that precedes it in every block."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tim.ops import _dispatch as dispatch
+
+
+def adaln(x: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-6) -> Tensor:
+    """norm(x) (1 + scale) + shift, with norm the layer norm over C without parameters.
+
+    Args:
+        x: [B, N, C] tokens.
+        shift, scale: [B, 1, C], per sample, broadcast over the tokens; any batch stride.
+        eps: added to the variance.
+
+    Returns:
+        [B, N, C], contiguous, in the common dtype of the inputs. Its forward-mode tangent is not
+        differentiable.
+
+    Raises:
+        TypeError: an input is no floating-point tensor.
+        ValueError: shapes or devices differ from the above.
+
+    Source: Peebles and Xie, "Scalable diffusion models with transformers" (arXiv 2212.09748), sec. 3.2.
+    """
+    dispatch.check_tensors(x=x, shift=shift, scale=scale)
+    _check_modulation(x, shift=shift, scale=scale)
+    x, shift, scale = dispatch.promote(x, shift, scale)
+    if dispatch.why_not("adaln", x, shift, scale) is not None:
+        return dispatch.drop_tangent_graph(adaln_reference(x, shift, scale, eps))
+    primals, tangents = dispatch.split_tangents(x, shift, scale)
+    if tangents is None:
+        return _adaln(*primals, eps)[0]
+    out, t_out, _, _ = _adaln_tangent(*primals, *tangents, eps)
+    return dispatch.make_dual(out, t_out)
+
+
+def gated_adaln(
+    x: Tensor, y: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-6
+) -> tuple[Tensor, Tensor]:
+    """h = x + gate y, and adaln(h, shift, scale), in one pass.
+
+    Args:
+        x, y: [B, N, C], residual stream and the output of the sub-layer that is added to it.
+        gate, shift, scale: [B, 1, C], per sample, broadcast over the tokens; any batch stride.
+        eps: added to the variance.
+
+    Returns:
+        h and its adaptive norm, both [B, N, C], contiguous, in the common dtype of the inputs.
+        Their forward-mode tangents are not differentiable.
+
+    Raises:
+        TypeError: an input is no floating-point tensor.
+        ValueError: shapes or devices differ from the above.
+
+    Source: as `adaln`; the gate is that of adaLN-Zero.
+    """
+    dispatch.check_tensors(x=x, y=y, gate=gate, shift=shift, scale=scale)
+    _check_modulation(x, gate=gate, shift=shift, scale=scale)
+    dispatch.check_shape("y", y, x.shape, "that of x")
+    inputs = dispatch.promote(x, y, gate, shift, scale)
+    if dispatch.why_not("adaln", *inputs) is not None:
+        return dispatch.drop_tangent_graph(gated_adaln_reference(*inputs, eps))
+    primals, tangents = dispatch.split_tangents(*inputs)
+    if tangents is None:
+        return _gated_adaln(*primals, eps)[:2]
+    h, out, t_h, t_out, _, _ = _gated_adaln_tangent(*primals, *tangents, eps)
+    return dispatch.make_dual(h, t_h), dispatch.make_dual(out, t_out)
+
+
+def adaln_reference(x: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-6) -> Tensor:
+    """The specification, in PyTorch operations."""
+    return F.layer_norm(x, x.shape[-1:], eps=eps) * (1 + scale) + shift
+
+
+def gated_adaln_reference(
+    x: Tensor, y: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-6
+) -> tuple[Tensor, Tensor]:
+    """The specification, in PyTorch operations."""
+    h = x + gate * y
+    return h, adaln_reference(h, shift, scale, eps)
+
+
+def _check_modulation(x: Tensor, **modulation: Tensor) -> None:
+    if x.dim() != 3:
+        raise ValueError(f"x must have shape [B, N, C], got {list(x.shape)}")
+    for name, tensor in modulation.items():
+        dispatch.check_shape(name, tensor, (x.shape[0], 1, x.shape[2]), "[B, 1, C]")
+
+
+def _rows(tensor: Tensor | None) -> Tensor | None:
+    """The modulation with unit channel stride, as a view (any batch stride) where it already is."""
+    if tensor is None or tensor.stride(-1) == 1:
+        return tensor
+    return tensor.contiguous()
+
+
+def _contiguous(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.contiguous()
+
+
+def _stride(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.stride(0)
+
+
+def _empty(x: Tensor) -> Tensor:
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
+
+
+def _row_statistics(x: Tensor) -> Tensor:
+    return torch.empty(x.shape[:2], dtype=torch.float32, device=x.device)
+
+
+def _forward(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    return _run_forward(x, None, None, shift, scale, eps)[1:]
+
+
+def _gated_forward(
+    x: Tensor, y: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return _run_forward(x, y, gate, shift, scale, eps)
+
+
+def _run_forward(
+    x: Tensor, y: Tensor | None, gate: Tensor | None, shift: Tensor, scale: Tensor, eps: float
+) -> tuple:
+    x, y = x.contiguous(), _contiguous(y)
+    gate, shift, scale = _rows(gate), _rows(shift), _rows(scale)
+    h = None if y is None else _empty(x)
+    out, mean, rstd = _empty(x), _row_statistics(x), _row_statistics(x)
+    if x.numel():
+        pointers = map(dispatch.pointer, (x, y, gate, shift, scale, h, out, mean, rstd))
+        dispatch.launch(
+            "adaln", x, *pointers, *x.shape, *map(_stride, (gate, shift, scale)), eps,
+            dispatch.DTYPE_CODES[x.dtype],
+        )  # fmt: skip
+    return h, out, mean, rstd
+
+
+def _tangent(
+    x: Tensor,
+    shift: Tensor,
+    scale: Tensor,
+    t_x: Tensor | None,
+    t_shift: Tensor | None,
+    t_scale: Tensor | None,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    primals, tangents = (x, None, None, shift, scale), (t_x, None, None, t_shift, t_scale)
+    _, out, _, t_out, mean, rstd = _run_tangent(primals, tangents, eps)
+    return out, t_out, mean, rstd
+
+
+def _gated_tangent(
+    x: Tensor,
+    y: Tensor,
+    gate: Tensor,
+    shift: Tensor,
+    scale: Tensor,
+    t_x: Tensor | None,
+    t_y: Tensor | None,
+    t_gate: Tensor | None,
+    t_shift: Tensor | None,
+    t_scale: Tensor | None,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    primals, tangents = (x, y, gate, shift, scale), (t_x, t_y, t_gate, t_shift, t_scale)
+    h, out, t_h, t_out, mean, rstd = _run_tangent(primals, tangents, eps)
+    return h, out, t_h, t_out, mean, rstd
+
+
+def _run_tangent(primals: tuple, tangents: tuple, eps: float) -> tuple:
+    x, y = map(_contiguous, primals[:2])
+    t_x, t_y = map(_contiguous, tangents[:2])
+    modulation, t_modulation = [*map(_rows, primals[2:])], [*map(_rows, tangents[2:])]
+    h, t_h = (None, None) if y is None else (_empty(x), _empty(x))
+    out, t_out, mean, rstd = _empty(x), _empty(x), _row_statistics(x), _row_statistics(x)
+    if x.numel():
+        inputs = (x, y, *modulation, t_x, t_y, *t_modulation)
+        outputs = (h, out, t_h, t_out, mean, rstd)
+        dispatch.launch(
+            "adaln_tangent", x, *map(dispatch.pointer, inputs + outputs), *x.shape,
+            *map(_stride, modulation), *map(_stride, t_modulation), eps,
+            dispatch.DTYPE_CODES[x.dtype],
+        )  # fmt: skip
+    return h, out, t_h, t_out, mean, rstd
+
+
+def _backward(
+    grad: Tensor, x: Tensor, scale: Tensor, mean: Tensor, rstd: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    d_x, _, _, d_shift, d_scale = _run_backward(grad, None, x, None, None, scale, mean, rstd, eps)
+    return d_x, d_shift, d_scale
+
+
+def _gated_backward(
+    grad: Tensor,
+    grad_h: Tensor,
+    h: Tensor,
+    y: Tensor,
+    gate: Tensor,
+    scale: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    return _run_backward(grad, grad_h, h, y, gate, scale, mean, rstd, eps)
+
+
+def _run_backward(
+    grad: Tensor,
+    grad_h: Tensor | None,
+    h: Tensor,
+    y: Tensor | None,
+    gate: Tensor | None,
+    scale: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    eps: float,
+) -> tuple:
+    grad, grad_h, h, y = map(_contiguous, (grad, grad_h, h, y))
+    gate, scale = _rows(gate), _rows(scale)
+    d_x, d_y = _empty(h), None if y is None else _empty(h)
+    modulation = (h.shape[0], 1, h.shape[2])
+    make = torch.empty if h.numel() else torch.zeros
+    d_gate, d_shift, d_scale = (
+        None if like is None else make(modulation, dtype=h.dtype, device=h.device)
+        for like in (gate, scale, scale)
+    )
+    if h.numel():
+        tensors = (grad, grad_h, h, y, gate, scale, mean, rstd, d_x, d_y, d_gate, d_shift, d_scale)
+        dispatch.launch(
+            "adaln_backward", h, *map(dispatch.pointer, tensors), *h.shape,
+            *map(_stride, (gate, scale)), eps, dispatch.DTYPE_CODES[h.dtype],
+        )  # fmt: skip
+    return d_x, d_y, d_gate, d_shift, d_scale
+
+
+def _setup(ctx, inputs: tuple, output: tuple[Tensor, ...]) -> None:
+    _, *auxiliary = output
+    mean, rstd = output[-2:]
+    ctx.save_for_backward(inputs[0], inputs[2], mean, rstd)
+    ctx.eps = inputs[-1]
+    ctx.mark_non_differentiable(*auxiliary)
+    ctx.set_materialize_grads(False)
+
+
+def _gradient(ctx, grad: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+    count = len(ctx.needs_input_grad)
+    if grad is None:
+        return (None,) * count
+    x, scale, mean, rstd = ctx.saved_tensors
+    dispatch.refuse_tangents("the backward of adaln", grad, x, scale)
+    d_x, d_shift, d_scale = _adaln_backward(grad, x, scale, mean, rstd, ctx.eps)
+    return (d_x, d_shift, d_scale, *(None,) * (count - 3))
+
+
+def _gated_setup(ctx, inputs: tuple, output: tuple[Tensor, ...]) -> None:
+    h, _, *auxiliary = output
+    mean, rstd = output[-2:]
+    ctx.save_for_backward(h, inputs[1], inputs[2], inputs[4], mean, rstd)
+    ctx.eps = inputs[-1]
+    ctx.mark_non_differentiable(*auxiliary)
+    ctx.set_materialize_grads(False)
+
+
+def _gated_gradient(
+    ctx, grad_h: Tensor | None, grad: Tensor | None, *_: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    count = len(ctx.needs_input_grad)
+    if grad is None and grad_h is None:
+        return (None,) * count
+    h, y, gate, scale, mean, rstd = ctx.saved_tensors
+    grad = torch.zeros_like(h) if grad is None else grad
+    grad_h = torch.zeros_like(h) if grad_h is None else grad_h
+    dispatch.refuse_tangents("the backward of gated_adaln", grad_h, grad, h)
+    gradients = _gated_adaln_backward(grad, grad_h, h, y, gate, scale, mean, rstd, ctx.eps)
+    return (*gradients, *(None,) * (count - 5))
+
+
+def _fakes(count: int):
+    """Fake of an operation with `count` outputs shaped like x, then mean and rstd."""
+
+    def fake(x: Tensor, *_: object) -> tuple[Tensor, ...]:
+        outputs = tuple(_empty(x) for _ in range(count))
+        return (*outputs, _row_statistics(x), _row_statistics(x))
+
+    return fake
+
+
+def _backward_fake(
+    grad: Tensor, x: Tensor, scale: Tensor, mean: Tensor, rstd: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    modulation = x.new_empty((x.shape[0], 1, x.shape[2]))
+    return _empty(x), modulation, torch.empty_like(modulation)
+
+
+def _gated_backward_fake(grad: Tensor, grad_h: Tensor, h: Tensor, *_: object) -> tuple[Tensor, ...]:
+    modulation = (h.shape[0], 1, h.shape[2])
+    return (_empty(h), _empty(h), *(h.new_empty(modulation) for _ in range(3)))
+
+
+_adaln = dispatch.register(
+    "adaln(Tensor x, Tensor shift, Tensor scale, float eps) -> (Tensor, Tensor, Tensor)",
+    _forward, _fakes(1), backward=_gradient, setup_context=_setup,
+)  # fmt: skip
+_adaln_tangent = dispatch.register(
+    "adaln_tangent(Tensor x, Tensor shift, Tensor scale, Tensor? t_x, Tensor? t_shift, "
+    "Tensor? t_scale, float eps) -> (Tensor, Tensor, Tensor, Tensor)",
+    _tangent, _fakes(2), backward=_gradient, setup_context=_setup,
+)  # fmt: skip
+_adaln_backward = dispatch.register(
+    "adaln_backward(Tensor grad, Tensor x, Tensor scale, Tensor mean, Tensor rstd, float eps) "
+    "-> (Tensor, Tensor, Tensor)",
+    _backward, _backward_fake,
+)  # fmt: skip
+_gated_adaln = dispatch.register(
+    "gated_adaln(Tensor x, Tensor y, Tensor gate, Tensor shift, Tensor scale, float eps) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
+    _gated_forward, _fakes(2), backward=_gated_gradient, setup_context=_gated_setup,
+)  # fmt: skip
+_gated_adaln_tangent = dispatch.register(
+    "gated_adaln_tangent(Tensor x, Tensor y, Tensor gate, Tensor shift, Tensor scale, "
+    "Tensor? t_x, Tensor? t_y, Tensor? t_gate, Tensor? t_shift, Tensor? t_scale, float eps) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _gated_tangent, _fakes(4), backward=_gated_gradient, setup_context=_gated_setup,
+)  # fmt: skip
+_gated_adaln_backward = dispatch.register(
+    "gated_adaln_backward(Tensor grad, Tensor grad_h, Tensor h, Tensor y, Tensor gate, "
+    "Tensor scale, Tensor mean, Tensor rstd, float eps) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _gated_backward, _gated_backward_fake,
+)  # fmt: skip

@@ -1,0 +1,73 @@
+"""Points on the noising path: x_t and its velocity, or two neighbours of x_t, in one pass."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from tim.ops import _dispatch as dispatch
+
+
+def interpolate(x: Tensor, z: Tensor, coefficients: Tensor) -> tuple[Tensor, Tensor]:
+    """a = c0 x + c1 z and b = c2 x + c3 z with four numbers per sample.
+
+    Rows (alpha, sigma, alpha', sigma') give x_t and v_t; rows of two times give x_{t+e} and x_{t-e}.
+
+    Args:
+        x, z: [B, ...], clean latents and noise, same shape and dtype.
+        coefficients: [B, 4].
+
+    Returns:
+        a, b: [B, ...] in the dtype of x, contiguous.
+
+    Raises:
+        TypeError: an input is no floating-point tensor.
+        ValueError: shapes or devices differ.
+        NotImplementedError: an input carries a forward-mode tangent (the operation has no rule).
+
+    Source: TiM (arXiv 2509.04394), sec. 3: x_t = alpha_t x + sigma_t z.
+    """
+    dispatch.check_tensors(x=x, z=z, coefficients=coefficients)
+    if x.dim() < 1:
+        raise ValueError("x must have shape [B, ...], got a scalar")
+    dispatch.check_shape("z", z, x.shape, "the shape of x")
+    dispatch.check_shape("coefficients", coefficients, (x.shape[0], 4), "[B, 4]")
+    dispatch.refuse_tangents("interpolate", x, z, coefficients)
+    x, z = dispatch.promote(x, z)
+    wants_gradient = torch.is_grad_enabled() and (
+        x.requires_grad or z.requires_grad or coefficients.requires_grad
+    )
+    if wants_gradient or dispatch.why_not("interpolate", x, z) is not None:
+        return interpolate_reference(x, z, coefficients)
+    return _interpolate(x, z, coefficients)
+
+
+def interpolate_reference(x: Tensor, z: Tensor, coefficients: Tensor) -> tuple[Tensor, Tensor]:
+    """The specification, in PyTorch operations."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    shape = (-1,) + (1,) * (x.dim() - 1)
+    c0, c1, c2, c3 = (c.reshape(shape) for c in coefficients.to(wide).unbind(1))
+    return (c0 * x + c1 * z).to(x.dtype), (c2 * x + c3 * z).to(x.dtype)
+
+
+def _forward(x: Tensor, z: Tensor, coefficients: Tensor) -> tuple[Tensor, Tensor]:
+    x, z = x.contiguous(), z.contiguous()
+    coefficients = coefficients.to(torch.float32).contiguous()
+    a, b = torch.empty_like(x), torch.empty_like(x)
+    if x.numel():
+        batch = x.shape[0]
+        dispatch.launch(
+            "interpolate", x, x.data_ptr(), z.data_ptr(), coefficients.data_ptr(), a.data_ptr(),
+            b.data_ptr(), batch, x.numel() // batch, dispatch.DTYPE_CODES[x.dtype],
+        )  # fmt: skip
+    return a, b
+
+
+def _fake(x: Tensor, z: Tensor, coefficients: Tensor) -> tuple[Tensor, Tensor]:
+    like = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    return like, torch.empty_like(like)
+
+
+_interpolate = dispatch.register(
+    "interpolate(Tensor x, Tensor z, Tensor coefficients) -> (Tensor, Tensor)", _forward, _fake
+)

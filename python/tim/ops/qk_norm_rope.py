@@ -1,0 +1,231 @@
+"""Split of the packed qkv, layer norm of q and k over the head, two-dimensional rotary embedding."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tim.ops import _dispatch as dispatch
+
+
+def qk_norm_rope(
+    qkv: Tensor,
+    q_weight: Tensor,
+    q_bias: Tensor,
+    k_weight: Tensor,
+    k_bias: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    eps: float = 1e-5,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """q = rope(norm(q)), k = rope(norm(k)), v unchanged, out of one packed tensor.
+
+    norm is the affine layer norm over the head dimension; rope turns each pair (a, b) of adjacent
+    channels into (a cos - b sin, b cos + a sin) with the angles of its token.
+
+    Args:
+        qkv: [B, N, 3, H, D]; [3, H, D] contiguous, batch and token strides free.
+        q_weight, q_bias, k_weight, k_bias: [D].
+        cos, sin: [N, D], the two channels of a pair holding the same value.
+        eps: added to the variance.
+
+    Returns:
+        q, k, v: [B, N, H, D], contiguous, in the dtype of qkv. Their forward-mode tangents are not
+        differentiable.
+
+    Raises:
+        TypeError: an input is no floating-point tensor.
+        ValueError: shapes or devices differ from the above, or D is odd.
+
+    Source: Su et al., "RoFormer" (arXiv 2104.09864), eq. 34; q/k norm as in the released TiM network.
+    """
+    parameters = {"q_weight": q_weight, "q_bias": q_bias, "k_weight": k_weight, "k_bias": k_bias}
+    _check(qkv, parameters, cos, sin)
+    others = (q_weight, q_bias, k_weight, k_bias, cos, sin)
+    if dispatch.why_not("qk_norm_rope", qkv) is not None:
+        return dispatch.drop_tangent_graph(qk_norm_rope_reference(qkv, *others, eps))
+    primals, tangents = dispatch.split_tangents(qkv, *others)
+    if tangents is None:
+        return _qk_norm_rope(qkv, *others, eps)
+    if any(tangent is not None for tangent in tangents[1:]):
+        # A tangent of the weights or angles is no part of training: exact, but not by a kernel.
+        return dispatch.drop_tangent_graph(qk_norm_rope_reference(qkv, *others, eps))
+    q, k, v, t_q, t_k, t_v = _qk_norm_rope_tangent(primals[0], tangents[0], *others, eps)
+    return dispatch.make_dual(q, t_q), dispatch.make_dual(k, t_k), dispatch.make_dual(v, t_v)
+
+
+def qk_norm_rope_reference(
+    qkv: Tensor,
+    q_weight: Tensor,
+    q_bias: Tensor,
+    k_weight: Tensor,
+    k_bias: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    eps: float = 1e-5,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The specification, in PyTorch operations."""
+    q, k, v = qkv.unbind(2)
+    q = rotate_reference(_norm(q, q_weight, q_bias, eps), cos, sin).to(qkv.dtype)
+    k = rotate_reference(_norm(k, k_weight, k_bias, eps), cos, sin).to(qkv.dtype)
+    return q.contiguous(), k.contiguous(), v.contiguous()
+
+
+def rotate_reference(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary embedding of x [B, N, H, D] with cos, sin [N, D], in the wider of the dtypes."""
+    pairs = x.unflatten(-1, (-1, 2))
+    turned = torch.stack((-pairs[..., 1], pairs[..., 0]), dim=-1).flatten(-2)
+    return x * cos[:, None] + turned * sin[:, None]
+
+
+def _norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    return F.layer_norm(x, x.shape[-1:], weight.to(x.dtype), bias.to(x.dtype), eps)
+
+
+def _check(qkv: Tensor, parameters: dict[str, Tensor], cos: Tensor, sin: Tensor) -> None:
+    dispatch.check_tensors(qkv=qkv, **parameters, cos=cos, sin=sin)
+    if qkv.dim() != 5 or qkv.shape[2] != 3 or qkv.shape[4] % 2:
+        raise ValueError(f"qkv must have shape [B, N, 3, H, D] with even D, got {list(qkv.shape)}")
+    _, tokens, _, _, head_dim = qkv.shape
+    for name, tensor in parameters.items():
+        dispatch.check_shape(name, tensor, (head_dim,), "[D]")
+    dispatch.check_shape("cos", cos, (tokens, head_dim), "[N, D]")
+    dispatch.check_shape("sin", sin, (tokens, head_dim), "[N, D]")
+
+
+def _packed(qkv: Tensor) -> Tensor:
+    """qkv with [3, H, D] contiguous inside a token, copied only where it is not."""
+    _, _, _, heads, head_dim = qkv.shape
+    inner = (heads * head_dim, head_dim, 1)
+    return qkv if qkv.stride()[2:] == inner else qkv.contiguous()
+
+
+def _float32(*tensors: Tensor) -> tuple[Tensor, ...]:
+    return tuple(tensor.to(torch.float32).contiguous() for tensor in tensors)
+
+
+def _sizes(qkv: Tensor) -> tuple[int, int, int, int]:
+    batch, tokens, _, heads, head_dim = qkv.shape
+    return batch, tokens, heads, head_dim
+
+
+def _outputs(qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    q, k, v = (torch.empty(_sizes(qkv), dtype=qkv.dtype, device=qkv.device) for _ in range(3))
+    return q, k, v
+
+
+def _forward(qkv: Tensor, *others: object) -> tuple[Tensor, Tensor, Tensor]:
+    *tables, eps = others
+    qkv, tables, outputs = _packed(qkv), _float32(*tables), _outputs(qkv)
+    if qkv.numel():
+        dispatch.launch(
+            "qk_norm_rope", qkv, *map(dispatch.pointer, (qkv, *tables, *outputs)), *_sizes(qkv),
+            *qkv.stride()[:2], eps, dispatch.DTYPE_CODES[qkv.dtype],
+        )  # fmt: skip
+    return outputs
+
+
+def _tangent(qkv: Tensor, t_qkv: Tensor, *others: object) -> tuple[Tensor, ...]:
+    *tables, eps = others
+    qkv, t_qkv, tables = _packed(qkv), _packed(t_qkv), _float32(*tables)
+    outputs = (*_outputs(qkv), *_outputs(qkv))
+    if qkv.numel():
+        dispatch.launch(
+            "qk_norm_rope_tangent", qkv,
+            *map(dispatch.pointer, (qkv, t_qkv, *tables, *outputs)), *_sizes(qkv),
+            *qkv.stride()[:2], *t_qkv.stride()[:2], eps, dispatch.DTYPE_CODES[qkv.dtype],
+        )  # fmt: skip
+    return outputs
+
+
+def _backward(
+    g_q: Tensor,
+    g_k: Tensor,
+    g_v: Tensor,
+    qkv: Tensor,
+    q_weight: Tensor,
+    k_weight: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    gradients = [gradient.contiguous() for gradient in (g_q, g_k, g_v)]
+    qkv, tables = _packed(qkv), _float32(q_weight, k_weight, cos, sin)
+    d_qkv = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
+    make = torch.empty if qkv.numel() else torch.zeros
+    d_parameters = [make(qkv.shape[-1], dtype=torch.float32, device=qkv.device) for _ in range(4)]
+    if qkv.numel():
+        tensors = (*gradients, qkv, *tables, d_qkv, *d_parameters)
+        dispatch.launch(
+            "qk_norm_rope_backward", qkv, *map(dispatch.pointer, tensors), *_sizes(qkv),
+            *qkv.stride()[:2], eps, dispatch.DTYPE_CODES[qkv.dtype],
+        )  # fmt: skip
+    return (d_qkv, *d_parameters)
+
+
+def _save(ctx, qkv: Tensor, others: tuple, output: tuple[Tensor, ...]) -> None:
+    q_weight, q_bias, k_weight, k_bias, cos, sin, eps = others
+    ctx.save_for_backward(qkv, q_weight, k_weight, cos, sin)
+    ctx.eps = eps
+    ctx.parameter_dtypes = [p.dtype for p in (q_weight, q_bias, k_weight, k_bias)]
+    ctx.mark_non_differentiable(*output[3:])
+
+
+def _setup(ctx, inputs: tuple, output: tuple[Tensor, ...]) -> None:
+    _save(ctx, inputs[0], inputs[1:], output)
+
+
+def _tangent_setup(ctx, inputs: tuple, output: tuple[Tensor, ...]) -> None:
+    _save(ctx, inputs[0], inputs[2:], output)
+
+
+def _gradient(ctx, g_q: Tensor, g_k: Tensor, g_v: Tensor, *_: Tensor) -> tuple:
+    qkv, q_weight, k_weight, cos, sin = ctx.saved_tensors
+    dispatch.refuse_tangents("the backward of qk_norm_rope", g_q, g_k, g_v, qkv)
+    d_qkv, *d_parameters = _qk_norm_rope_backward(
+        g_q, g_k, g_v, qkv, q_weight, k_weight, cos, sin, ctx.eps
+    )
+    d_parameters = [d.to(t) for d, t in zip(d_parameters, ctx.parameter_dtypes, strict=True)]
+    return d_qkv, *d_parameters, None, None, None
+
+
+def _tangent_gradient(ctx, *gradients: Tensor) -> tuple:
+    d_qkv, *rest = _gradient(ctx, *gradients)
+    return d_qkv, None, *rest
+
+
+def _fake(qkv: Tensor, *_: object) -> tuple[Tensor, ...]:
+    return _outputs(qkv)
+
+
+def _tangent_fake(qkv: Tensor, *_: object) -> tuple[Tensor, ...]:
+    return (*_outputs(qkv), *_outputs(qkv))
+
+
+def _backward_fake(
+    g_q: Tensor, g_k: Tensor, g_v: Tensor, qkv: Tensor, *_: object
+) -> tuple[Tensor, ...]:
+    d_qkv = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
+    return (d_qkv, *(qkv.new_empty(qkv.shape[-1], dtype=torch.float32) for _ in range(4)))
+
+
+_TABLES = (
+    "Tensor q_weight, Tensor q_bias, Tensor k_weight, Tensor k_bias, Tensor cos, Tensor sin, "
+    "float eps"
+)
+_qk_norm_rope = dispatch.register(
+    f"qk_norm_rope(Tensor qkv, {_TABLES}) -> (Tensor, Tensor, Tensor)",
+    _forward, _fake, backward=_gradient, setup_context=_setup,
+)  # fmt: skip
+_qk_norm_rope_tangent = dispatch.register(
+    f"qk_norm_rope_tangent(Tensor qkv, Tensor t_qkv, {_TABLES}) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _tangent, _tangent_fake, backward=_tangent_gradient, setup_context=_tangent_setup,
+)  # fmt: skip
+_qk_norm_rope_backward = dispatch.register(
+    "qk_norm_rope_backward(Tensor g_q, Tensor g_k, Tensor g_v, Tensor qkv, Tensor q_weight, "
+    "Tensor k_weight, Tensor cos, Tensor sin, float eps) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _backward, _backward_fake,
+)  # fmt: skip

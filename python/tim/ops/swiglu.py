@@ -1,0 +1,132 @@
+"""SwiGLU gate: the nonlinearity of every MLP and modulation of the TiM network."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tim.ops import _dispatch as dispatch
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) * up, with silu(a) = a / (1 + exp(-a)).
+
+    Args:
+        gate, up: [..., M], same shape; any floating dtype, promoted to their common one.
+
+    Returns:
+        [..., M], contiguous. Its forward-mode tangent is not differentiable.
+
+    Raises:
+        TypeError: an input is no floating-point tensor.
+        ValueError: shapes or devices differ.
+
+    Source: Shazeer, "GLU variants improve Transformer" (arXiv 2002.05202), eq. 5.
+    """
+    dispatch.check_tensors(gate=gate, up=up)
+    if gate.shape != up.shape:
+        raise ValueError(
+            f"up must have the shape of gate, {list(gate.shape)}, got {list(up.shape)}"
+        )
+    gate, up = dispatch.promote(gate, up)
+    if dispatch.why_not("swiglu", gate, up) is not None:
+        return dispatch.drop_tangent_graph(swiglu_reference(gate, up))
+    (gate, up), tangents = dispatch.split_tangents(gate, up)
+    if tangents is None:
+        return _swiglu(gate, up)
+    return dispatch.make_dual(*_swiglu_tangent(gate, up, *tangents))
+
+
+def swiglu_reference(gate: Tensor, up: Tensor) -> Tensor:
+    """The specification, in PyTorch operations."""
+    return (F.silu(gate) * up).contiguous()
+
+
+def _rows(tensor: Tensor | None) -> Tensor | None:
+    """[rows, M] view with unit column stride; copies only where no such view exists."""
+    if tensor is None:
+        return None
+    rows = tensor.reshape(-1, tensor.shape[-1]) if tensor.dim() else tensor.reshape(1, 1)
+    return rows if rows.stride(-1) == 1 else rows.contiguous()
+
+
+def _operands(*rows: Tensor | None) -> tuple[int, ...]:
+    """Pointer and row stride of each operand, as the kernels take them; 0, 0 for an absent one."""
+    return tuple(
+        value
+        for row in rows
+        for value in ((0, 0) if row is None else (row.data_ptr(), row.stride(0)))
+    )
+
+
+def _forward(gate: Tensor, up: Tensor) -> Tensor:
+    out = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
+    if out.numel():
+        g, u = _rows(gate), _rows(up)
+        code = dispatch.DTYPE_CODES[gate.dtype]
+        dispatch.launch("swiglu", gate, *_operands(g, u), out.data_ptr(), *g.shape, code)
+    return out
+
+
+def _backward(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    grad = grad.contiguous()
+    d_gate, d_up = torch.empty_like(grad), torch.empty_like(grad)
+    if grad.numel():
+        g, u = _rows(gate), _rows(up)
+        code = dispatch.DTYPE_CODES[gate.dtype]
+        dispatch.launch(
+            "swiglu_backward", gate, grad.data_ptr(), *_operands(g, u),
+            d_gate.data_ptr(), d_up.data_ptr(), *g.shape, code,
+        )  # fmt: skip
+    return d_gate, d_up
+
+
+def _tangent(
+    gate: Tensor, up: Tensor, t_gate: Tensor | None, t_up: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    out = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
+    t_out = torch.empty_like(out)
+    if out.numel():
+        operands = [_rows(tensor) for tensor in (gate, up, t_gate, t_up)]
+        code = dispatch.DTYPE_CODES[gate.dtype]
+        dispatch.launch(
+            "swiglu_tangent", gate, *_operands(*operands),
+            out.data_ptr(), t_out.data_ptr(), *operands[0].shape, code,
+        )  # fmt: skip
+    return out, t_out
+
+
+def _setup(ctx, inputs: tuple, output: Tensor | tuple[Tensor, Tensor]) -> None:
+    ctx.save_for_backward(inputs[0], inputs[1])
+    if isinstance(output, tuple):
+        ctx.mark_non_differentiable(output[1])
+
+
+def _gradient(ctx, grad: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+    gate, up = ctx.saved_tensors
+    dispatch.refuse_tangents("the backward of swiglu", grad, gate, up)
+    gradients = _swiglu_backward(grad, gate, up)
+    return (*gradients, None, None)[: len(ctx.needs_input_grad)]
+
+
+def _like(tensor: Tensor, *_: Tensor | None) -> Tensor:
+    return torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
+
+
+def _two_like(tensor: Tensor, *_: Tensor | None) -> tuple[Tensor, Tensor]:
+    return _like(tensor), _like(tensor)
+
+
+_swiglu = dispatch.register(
+    "swiglu(Tensor gate, Tensor up) -> Tensor",
+    _forward, _like, backward=_gradient, setup_context=_setup,
+)  # fmt: skip
+_swiglu_tangent = dispatch.register(
+    "swiglu_tangent(Tensor gate, Tensor up, Tensor? t_gate, Tensor? t_up) -> (Tensor, Tensor)",
+    _tangent, _two_like, backward=_gradient, setup_context=_setup,
+)  # fmt: skip
+_swiglu_backward = dispatch.register(
+    "swiglu_backward(Tensor grad, Tensor gate, Tensor up) -> (Tensor, Tensor)",
+    _backward, _two_like,
+)  # fmt: skip

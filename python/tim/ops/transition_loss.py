@@ -1,0 +1,259 @@
+"""The training loss of a transition: target, squared and cosine error, weights, in one pass."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F_
+from torch import Tensor
+
+from tim.ops import _dispatch as dispatch
+
+#: Added to the error before it is inverted into the adaptive weight (value of the released code).
+ADAPTIVE_EPS = 1e-5
+
+
+class TransitionLossTerms(NamedTuple):
+    """Result of `transition_loss`; only `loss` is differentiable, and only with respect to F."""
+
+    loss: Tensor  #: [B], weight * denoising, the weight held constant
+    denoising: Tensor  #: [B], squared error, plus the cosine term if asked for
+    weight: Tensor  #: [B], time_weight / (denoising + 1e-5)
+    target: Tensor  #: [B, C, H, W]
+
+
+def transition_loss(
+    F: Tensor,
+    x: Tensor,
+    z: Tensor,
+    coefficients: Tensor,
+    derivative: Tensor | tuple[Tensor, Tensor] | None = None,
+    *,
+    epsilon: float | None = None,
+    guidance: tuple[Tensor, Tensor] | None = None,
+    time_weight: Tensor | None = None,
+    cosine: bool = True,
+) -> TransitionLossTerms:
+    """Weighted error of F against the target that the transition identity demands.
+
+        target    = c_x x + c_z z + c_d dF + c_cond F_cond + c_null F_null
+        denoising = mean((F - target)^2) [+ mean over positions of 1 - cos(F, target) over channels]
+        loss      = denoising * time_weight / (denoising + 1e-5)       (the factor held constant)
+
+    Args:
+        F: [B, C, H, W], the network's prediction; gradients flow to it alone.
+        x, z: [B, C, H, W], clean latents and noise.
+        coefficients: [B, 5], the columns c_x, c_z, c_d, c_cond, c_null.
+        derivative: dF [B', C, H, W] of the last B' <= B samples (zero for the others), or
+            (F_plus, F_minus) of these samples, then dF = (F_plus - F_minus) / (2 epsilon), or None.
+        epsilon: half the distance in time between F_plus and F_minus.
+        guidance: (F_cond, F_null), each [B, C, H, W], or None.
+        time_weight: [B], ones when None.
+        cosine: adds the cosine term.
+
+    Returns:
+        TransitionLossTerms. loss, denoising and weight are float32 (float64 for float64 inputs);
+        target has the wider dtype of F and x.
+
+    Raises:
+        TypeError: an input is no floating-point tensor.
+        ValueError: shapes or devices differ from the above, or epsilon is missing or not positive.
+        NotImplementedError: an input carries a forward-mode tangent (the operation has no rule).
+
+    Source: TiM (arXiv 2509.04394), the transition identity and its objective in sec. 3; the
+    coefficients of each transport are those of `tim.transports`.
+    """
+    terms = _terms(derivative, guidance)
+    _check(F, x, z, coefficients, terms, epsilon, time_weight)
+    dispatch.refuse_tangents("transition_loss", F, x, z, coefficients, *terms)
+    if time_weight is None:
+        time_weight = torch.ones(F.shape[0], device=F.device)
+    d, d_minus, _, _ = terms
+    # Six columns for the six tensors: the central difference is c_d / (2 epsilon) and its negative.
+    c_x, c_z, c_d, c_cond, c_null = coefficients.unbind(1)
+    if d_minus is not None:
+        c_d = c_d / (2 * epsilon)
+    table = torch.stack((c_x, c_z, c_d, -c_d, c_cond, c_null), dim=1)
+    data_dtype = torch.promote_types(F.dtype, torch.promote_types(x.dtype, z.dtype))
+    x, z = x.to(data_dtype), z.to(data_dtype)
+    network = [None if term is None else term.detach().to(F.dtype) for term in terms]
+    inputs = (F, x.detach(), z.detach(), table.detach(), *network, time_weight.detach(), cosine)
+    if why_not(F, x) is not None:
+        return TransitionLossTerms(*_reference(*inputs))
+    return TransitionLossTerms(*_transition_loss(*inputs))
+
+
+def why_not(F: Tensor, x: Tensor) -> str | None:
+    """Reason why no kernel can take a prediction F and latents x of these dtypes, or None."""
+    reason = dispatch.why_not("transition_loss", F)
+    if reason is None and x.dtype not in (F.dtype, torch.float32):
+        reason = f"latents of {x.dtype} beside a prediction of {F.dtype}"
+    return reason
+
+
+def transition_loss_reference(
+    F: Tensor,
+    x: Tensor,
+    z: Tensor,
+    coefficients: Tensor,
+    derivative: Tensor | tuple[Tensor, Tensor] | None = None,
+    *,
+    epsilon: float | None = None,
+    guidance: tuple[Tensor, Tensor] | None = None,
+    time_weight: Tensor | None = None,
+    cosine: bool = True,
+) -> TransitionLossTerms:
+    """The specification, in PyTorch operations."""
+    with dispatch.reference_only():
+        return transition_loss(
+            F, x, z, coefficients, derivative,
+            epsilon=epsilon, guidance=guidance, time_weight=time_weight, cosine=cosine,
+        )  # fmt: skip
+
+
+def _terms(derivative, guidance) -> tuple[Tensor | None, ...]:
+    """d, d_minus, F_cond, F_null."""
+    d, d_minus = derivative if isinstance(derivative, tuple) else (derivative, None)
+    cond, null = (None, None) if guidance is None else guidance
+    return d, d_minus, cond, null
+
+
+def _check(F, x, z, coefficients, terms, epsilon, time_weight) -> None:
+    dispatch.check_tensors(F=F, x=x, z=z, coefficients=coefficients)
+    if F.dim() != 4:
+        raise ValueError(f"F must have shape [B, C, H, W], got {list(F.shape)}")
+    dispatch.check_shape("x", x, F.shape, "[B, C, H, W]")
+    dispatch.check_shape("z", z, F.shape, "[B, C, H, W]")
+    dispatch.check_shape("coefficients", coefficients, (F.shape[0], 5), "[B, 5]")
+    if time_weight is not None:
+        dispatch.check_tensors(F=F, time_weight=time_weight)
+        dispatch.check_shape("time_weight", time_weight, F.shape[:1], "[B]")
+    d, d_minus, cond, null = terms
+    if d is not None:
+        dispatch.check_tensors(F=F, derivative=d)
+        if d.shape[1:] != F.shape[1:] or d.shape[0] > F.shape[0]:
+            raise ValueError(
+                f"derivative must have shape [B', C, H, W] with B' <= B and the rest of F, "
+                f"{list(F.shape)}, got {list(d.shape)}"
+            )
+    if d_minus is not None:
+        dispatch.check_tensors(F=F, F_minus=d_minus)
+        dispatch.check_shape("F_minus", d_minus, d.shape, "that of F_plus")
+        if epsilon is None or not epsilon > 0:
+            raise ValueError(f"epsilon must be positive with (F_plus, F_minus), got {epsilon}")
+    for name, tensor in (("F_cond", cond), ("F_null", null)):
+        if tensor is not None:
+            dispatch.check_tensors(F=F, **{name: tensor})
+            dispatch.check_shape(name, tensor, F.shape, "[B, C, H, W]")
+
+
+def _per_sample(values: Tensor, like: Tensor) -> Tensor:
+    return values.to(like.dtype)[:, None, None, None]
+
+
+def _error(F: Tensor, target: Tensor, cosine: bool) -> Tensor:
+    """denoising [B], in the dtype of target."""
+    F = F.to(target.dtype)
+    error = (F - target).square().mean(dim=(1, 2, 3))
+    if cosine:
+        error = error + (1 - F_.cosine_similarity(F, target, dim=1)).mean(dim=(1, 2))
+    return error
+
+
+def _reference(
+    F, x, z, table, d, d_minus, cond, null, time_weight, cosine
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    wide = torch.promote_types(x.dtype, torch.float32)
+    columns = [_per_sample(column, torch.empty((), dtype=wide)) for column in table.unbind(1)]
+    target = columns[0] * x + columns[1] * z
+    for column, term in zip(columns[2:], (d, d_minus, cond, null), strict=True):
+        if term is not None:
+            first = F.shape[0] - term.shape[0]
+            part = column[first:] * term.to(wide)
+            target = torch.cat((target[:first], target[first:] + part)) if first else target + part
+    target = target.to(x.dtype)
+    denoising = _error(F, target.to(wide), cosine)
+    weight = time_weight.to(wide) / (denoising.detach() + ADAPTIVE_EPS)
+    return weight * denoising, denoising.detach(), weight, target
+
+
+def _first(F: Tensor, d: Tensor | None) -> int:
+    return F.shape[0] if d is None else F.shape[0] - d.shape[0]
+
+
+def _geometry(F: Tensor) -> tuple[int, int, int]:
+    batch, channels, height, width = F.shape
+    return batch, channels, height * width
+
+
+def _codes(F: Tensor, data: Tensor) -> tuple[int, int]:
+    return dispatch.DTYPE_CODES[F.dtype], dispatch.DTYPE_CODES[data.dtype]
+
+
+def _forward(
+    F, x, z, table, d, d_minus, cond, null, time_weight, cosine
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    arrays = [
+        None if tensor is None else tensor.contiguous()
+        for tensor in (F, x, z, d, d_minus, cond, null)
+    ]
+    table = table.to(torch.float32).contiguous()
+    time_weight = time_weight.to(torch.float32).contiguous()
+    target = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    loss, denoising, weight = (torch.empty_like(time_weight) for _ in range(3))
+    if F.numel():
+        outputs = (target, loss, denoising, weight)
+        dispatch.launch(
+            "transition_loss", F, *map(dispatch.pointer, (*arrays, table, time_weight)),
+            _first(F, d), *map(dispatch.pointer, outputs), *_geometry(F), cosine, *_codes(F, x),
+        )  # fmt: skip
+    return loss, denoising, weight, target
+
+
+def _fake(
+    F, x, z, table, d, d_minus, cond, null, time_weight, cosine
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    loss, denoising, weight = (x.new_empty(x.shape[0], dtype=torch.float32) for _ in range(3))
+    return loss, denoising, weight, torch.empty(x.shape, dtype=x.dtype, device=x.device)
+
+
+def _backward(scale: Tensor, F: Tensor, target: Tensor, cosine: bool) -> Tensor:
+    scale, F = scale.to(torch.float32).contiguous(), F.contiguous()
+    gradient = torch.empty(F.shape, dtype=F.dtype, device=F.device)
+    if F.numel():
+        dispatch.launch(
+            "transition_loss_backward", F, *map(dispatch.pointer, (scale, F, target, gradient)),
+            *_geometry(F), cosine, *_codes(F, target),
+        )  # fmt: skip
+    return gradient
+
+
+def _backward_fake(scale: Tensor, F: Tensor, target: Tensor, cosine: bool) -> Tensor:
+    return torch.empty(F.shape, dtype=F.dtype, device=F.device)
+
+
+def _setup(ctx, inputs: tuple, output: tuple[Tensor, ...]) -> None:
+    _, denoising, weight, target = output
+    ctx.save_for_backward(inputs[0], weight, target)
+    ctx.cosine = inputs[-1]
+    ctx.mark_non_differentiable(denoising, weight, target)
+
+
+def _gradient(ctx, g_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    F, weight, target = ctx.saved_tensors
+    dispatch.refuse_tangents("the backward of transition_loss", g_loss, F)
+    gradient = _transition_loss_backward(g_loss * weight, F, target, ctx.cosine)
+    return (gradient, *(None,) * 9)
+
+
+_transition_loss = dispatch.register(
+    "transition_loss(Tensor F, Tensor x, Tensor z, Tensor table, Tensor? d, Tensor? d_minus, "
+    "Tensor? cond, Tensor? null, Tensor time_weight, bool cosine) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
+    _forward, _fake, backward=_gradient, setup_context=_setup,
+)  # fmt: skip
+_transition_loss_backward = dispatch.register(
+    "transition_loss_backward(Tensor scale, Tensor F, Tensor target, bool cosine) -> Tensor",
+    _backward, _backward_fake,
+)  # fmt: skip
