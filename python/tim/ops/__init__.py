@@ -1,4 +1,4 @@
-"""Operations of the TiM network and objective: each with forward, backward and forward-mode tangent.
+"""Operations of the TiM network and objective: forward, backward and forward-mode tangent.
 
 Every public function picks a compiled kernel where one covers its inputs and runs its PyTorch
 reference otherwise; `torch.func.jvp`, autograd, autocast and `torch.compile` work through all of

@@ -78,7 +78,7 @@ def _names(dtypes: Sequence[torch.dtype]) -> str:
 
 
 def launch(name: str, anchor: Tensor, *arguments: object) -> None:
-    """Call kernel `name` for the device of `anchor`: torch's thread count, or its current stream."""
+    """Call kernel `name` on the device of `anchor`: torch's threads, or its current stream."""
     kernels = _extension.kernels(anchor.device.type)
     if anchor.device.type == "cpu":
         getattr(kernels, name)(*arguments, torch.get_num_threads())
@@ -147,7 +147,7 @@ def register(
 ) -> Callable:
     """Define the opaque operation `schema` (private) and return it as a callable.
 
-    Without `backward`, differentiating the operation raises: a missing rule must not look like a zero.
+    Without `backward`, differentiating the operation raises: no rule must not look like zero.
     """
     name = schema.split("(", 1)[0]
     library.define(schema)
@@ -165,7 +165,7 @@ def register(
 
 
 def promote(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """Tensors in their common dtype: under autocast the residual stream is wider than its updates."""
+    """Tensors in their common dtype: under autocast the residual stream is wider than updates."""
     dtype = tensors[0].dtype
     if all(tensor.dtype == dtype for tensor in tensors):
         return tensors

@@ -25,7 +25,8 @@ def adaln(x: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-6) -> Tensor:
         TypeError: an input is no floating-point tensor.
         ValueError: shapes or devices differ from the above.
 
-    Source: Peebles and Xie, "Scalable diffusion models with transformers" (arXiv 2212.09748), sec. 3.2.
+    Source: Peebles and Xie, "Scalable diffusion models with transformers" (arXiv 2212.09748),
+    sec. 3.2.
     """
     dispatch.check_tensors(x=x, shift=shift, scale=scale)
     _check_modulation(x, shift=shift, scale=scale)

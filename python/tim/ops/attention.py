@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import torch
@@ -37,13 +38,14 @@ def attention(
 
     Args:
         q: [B, N, H, D]; k, v: [B, M, H, D]; any strides.
-        cu_seqlens_q, cu_seqlens_k: int [S + 1], row offsets of S packed sequences; B must be 1 then.
-            Sequence i of q attends to sequence i of k and v only. Reading them synchronises.
+        cu_seqlens_q, cu_seqlens_k: int [S + 1], row offsets of S packed sequences; B must then be
+            1. Sequence i of q attends to sequence i of k and v only. Reading them synchronises.
         scale: 1 / sqrt(D) when None.
         backend: "auto", "sdpa", or "reference" (the plain formula, stores N x M).
 
     Returns:
-        [B, N, H, D], contiguous, in the common dtype. Its forward-mode tangent is not differentiable.
+        [B, N, H, D], contiguous, in the common dtype. Its forward-mode tangent is not
+        differentiable.
 
     Raises:
         TypeError: an input is no floating-point tensor.
@@ -64,8 +66,8 @@ def attention(
             f"cu_seqlens_k must have as many entries as cu_seqlens_q, {len(rows_q)}, "
             f"got {len(rows_k)}"
         )
-    spans = zip(rows_q, rows_q[1:], rows_k, rows_k[1:], strict=False)
-    parts = [_dense(q[:, a:b], k[:, c:d], v[:, c:d], scale, backend) for a, b, c, d in spans]
+    spans = zip(itertools.pairwise(rows_q), itertools.pairwise(rows_k), strict=True)
+    parts = [_dense(q[:, a:b], k[:, c:d], v[:, c:d], scale, backend) for (a, b), (c, d) in spans]
     return torch.cat(parts, dim=1) if parts else torch.zeros_like(q)
 
 
@@ -103,7 +105,7 @@ def _offsets(name: str, cu_seqlens: Tensor | None, packed: Tensor) -> list[int]:
             f"{list(cu_seqlens.shape)}"
         )
     rows = cu_seqlens.tolist()
-    ascending = all(a <= b for a, b in zip(rows, rows[1:], strict=False))
+    ascending = all(a <= b for a, b in itertools.pairwise(rows))
     if not rows or rows[0] != 0 or rows[-1] != packed.shape[1] or not ascending:
         raise ValueError(f"{name} must ascend from 0 to {packed.shape[1]}, got {rows}")
     return rows
@@ -142,7 +144,7 @@ def _tangent(
     t_v: Tensor | None,
     scale: float,
 ) -> Tensor:
-    batch, tokens, heads, head_dim = q.shape
+    batch, tokens, heads, _ = q.shape
     operands = [_heads_first(x) for x in (q, k, v, out, t_q, t_k, t_v)]
     result = torch.empty_like(operands[0])
     keys = k.shape[1]

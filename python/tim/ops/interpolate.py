@@ -11,7 +11,8 @@ from tim.ops import _dispatch as dispatch
 def interpolate(x: Tensor, z: Tensor, coefficients: Tensor) -> tuple[Tensor, Tensor]:
     """a = c0 x + c1 z and b = c2 x + c3 z with four numbers per sample.
 
-    Rows (alpha, sigma, alpha', sigma') give x_t and v_t; rows of two times give x_{t+e} and x_{t-e}.
+    Rows (alpha, sigma, alpha', sigma') give x_t and v_t; rows of two times t+e and t-e give x at
+    these times.
 
     Args:
         x, z: [B, ...], clean latents and noise, same shape and dtype.

@@ -1,4 +1,4 @@
-"""Split of the packed qkv, layer norm of q and k over the head, two-dimensional rotary embedding."""
+"""Split of the packed qkv, layer norm of q and k over the head, rotary embedding."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def qk_norm_rope(
         TypeError: an input is no floating-point tensor.
         ValueError: shapes or devices differ from the above, or D is odd.
 
-    Source: Su et al., "RoFormer" (arXiv 2104.09864), eq. 34; q/k norm as in the released TiM network.
+    Source: Su et al., "RoFormer" (arXiv 2104.09864), eq. 34; q/k norm as in the released network.
     """
     parameters = {"q_weight": q_weight, "q_bias": q_bias, "k_weight": k_weight, "k_bias": k_bias}
     _check(qkv, parameters, cos, sin)
@@ -80,7 +80,8 @@ def rotate_reference(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def _norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    return F.layer_norm(x, x.shape[-1:], weight.to(x.dtype), bias.to(x.dtype), eps)
+    # Not layer_norm's own affine form: its forward-mode rule breaks under torch.compile (2.13).
+    return F.layer_norm(x, x.shape[-1:], eps=eps) * weight + bias
 
 
 def _check(qkv: Tensor, parameters: dict[str, Tensor], cos: Tensor, sin: Tensor) -> None:

@@ -69,8 +69,8 @@ def transition_loss(
     dispatch.refuse_tangents("transition_loss", F, x, z, coefficients, *terms)
     if time_weight is None:
         time_weight = torch.ones(F.shape[0], device=F.device)
-    d, d_minus, _, _ = terms
-    # Six columns for the six tensors: the central difference is c_d / (2 epsilon) and its negative.
+    d_minus = terms[1]
+    # Six columns for six tensors: the central difference is c_d / (2 epsilon) and its negative.
     c_x, c_z, c_d, c_cond, c_null = coefficients.unbind(1)
     if d_minus is not None:
         c_d = c_d / (2 * epsilon)
