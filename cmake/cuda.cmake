@@ -1,0 +1,30 @@
+# CUDA kernels into _C. The usual installer leaves nvcc out of PATH, hence the search.
+
+if(NOT CMAKE_CUDA_COMPILER AND NOT DEFINED ENV{CUDACXX})
+  find_program(TIM_NVCC nvcc HINTS ENV CUDA_HOME ENV CUDA_PATH PATHS /usr/local/cuda
+               PATH_SUFFIXES bin)
+  if(TIM_NVCC)
+    set(CMAKE_CUDA_COMPILER ${TIM_NVCC})
+  endif()
+endif()
+if(NOT CMAKE_CUDA_COMPILER)
+  check_language(CUDA)
+endif()
+
+if(CMAKE_CUDA_COMPILER)
+  set(CMAKE_CUDA_ARCHITECTURES ${TIM_CUDA_ARCHITECTURES})
+  enable_language(CUDA)
+  set(CMAKE_CUDA_STANDARD 17)
+  set(CMAKE_CUDA_STANDARD_REQUIRED ON)
+  set(CMAKE_CUDA_VISIBILITY_PRESET hidden)
+  # One binary for machines with any CUDA runtime or none.
+  set_target_properties(_C PROPERTIES CUDA_RUNTIME_LIBRARY Static)
+  target_sources(_C PRIVATE ${cuda_sources})
+  target_compile_definitions(_C PRIVATE TIM_HAS_CUDA)
+  set(cuda_version ${CMAKE_CUDA_COMPILER_VERSION})
+elseif(TIM_CUDA STREQUAL "ON")
+  message(FATAL_ERROR "TIM_CUDA=ON, but nvcc was not found; put it into PATH or set CUDACXX")
+else()
+  set(reason "nvcc was not found: the extension holds no CUDA kernels")
+  set(remedy "for a GPU install the CUDA toolkit (nvcc), then install this package again")
+endif()

@@ -1,0 +1,121 @@
+#include "../math/swiglu.h"
+
+#include "kernel.h"
+
+namespace tim::cpu::TIM_ISA {
+namespace {
+
+template <class T>
+struct Rows {
+    const T* data;
+    int64_t stride;
+};
+
+template <class T>
+const T* at(Rows<T> rows, int64_t row, int64_t col) {
+    return rows.data + row * rows.stride + col;
+}
+
+template <class T>
+void forward(Rows<T> gates, Rows<T> ups, T* outs, int64_t rows, int64_t cols, int64_t threads) {
+    parallel_pieces(rows, cols, threads, [=](int64_t row, int64_t begin, int64_t end) {
+        const T* gate = at(gates, row, begin);
+        const T* up = at(ups, row, begin);
+        T* out = outs + row * cols + begin;
+#pragma omp simd
+        for (int64_t i = 0; i < end - begin; ++i)
+            store(out + i, math::swiglu(load(gate + i), load(up + i)));
+    });
+}
+
+template <class T>
+void backward(const T* grads, Rows<T> gates, Rows<T> ups, T* dgates, T* dups, int64_t rows,
+              int64_t cols, int64_t threads) {
+    parallel_pieces(rows, cols, threads, [=](int64_t row, int64_t begin, int64_t end) {
+        const T* gate = at(gates, row, begin);
+        const T* up = at(ups, row, begin);
+        const T* grad = grads + row * cols + begin;
+        T* dgate = dgates + row * cols + begin;
+        T* dup = dups + row * cols + begin;
+#pragma omp simd
+        for (int64_t i = 0; i < end - begin; ++i) {
+            float a, b;
+            math::swiglu_backward(load(grad + i), load(gate + i), load(up + i), &a, &b);
+            store(dgate + i, a);
+            store(dup + i, b);
+        }
+    });
+}
+
+// An absent tangent reads as zero.
+template <class T>
+float load_or_zero(const T* p, int64_t i) {
+    return p == nullptr ? 0.0f : load(p + i);
+}
+
+template <class T>
+void tangent(Rows<T> gates, Rows<T> ups, Rows<T> tgates, Rows<T> tups, T* outs, T* touts,
+             int64_t rows, int64_t cols, int64_t threads) {
+    parallel_pieces(rows, cols, threads, [=](int64_t row, int64_t begin, int64_t end) {
+        const T* gate = at(gates, row, begin);
+        const T* up = at(ups, row, begin);
+        const T* tgate = tgates.data == nullptr ? nullptr : at(tgates, row, begin);
+        const T* tup = tups.data == nullptr ? nullptr : at(tups, row, begin);
+        T* out = outs + row * cols + begin;
+        T* tout = touts + row * cols + begin;
+#pragma omp simd
+        for (int64_t i = 0; i < end - begin; ++i) {
+            float a, b;
+            math::swiglu_tangent(load(gate + i), load(up + i), load_or_zero(tgate, i),
+                                 load_or_zero(tup, i), &a, &b);
+            store(out + i, a);
+            store(tout + i, b);
+        }
+    });
+}
+
+template <class T>
+Rows<T> matrix(const void* data, int64_t stride) {
+    return {static_cast<const T*>(data), stride};
+}
+
+void swiglu(const void* gate, int64_t gate_stride, const void* up, int64_t up_stride, void* out,
+            int64_t rows, int64_t cols, int dtype, int64_t where) {
+    with_dtype(dtype, [&](auto type) {
+        using T = decltype(type);
+        forward<T>(matrix<T>(gate, gate_stride), matrix<T>(up, up_stride), static_cast<T*>(out),
+                   rows, cols, where);
+    });
+}
+
+void swiglu_backward(const void* grad, const void* gate, int64_t gate_stride, const void* up,
+                     int64_t up_stride, void* dgate, void* dup, int64_t rows, int64_t cols,
+                     int dtype, int64_t where) {
+    with_dtype(dtype, [&](auto type) {
+        using T = decltype(type);
+        backward<T>(static_cast<const T*>(grad), matrix<T>(gate, gate_stride),
+                    matrix<T>(up, up_stride), static_cast<T*>(dgate), static_cast<T*>(dup), rows,
+                    cols, where);
+    });
+}
+
+void swiglu_tangent(const void* gate, int64_t gate_stride, const void* up, int64_t up_stride,
+                    const void* tgate, int64_t tgate_stride, const void* tup, int64_t tup_stride,
+                    void* out, void* tout, int64_t rows, int64_t cols, int dtype, int64_t where) {
+    with_dtype(dtype, [&](auto type) {
+        using T = decltype(type);
+        tangent<T>(matrix<T>(gate, gate_stride), matrix<T>(up, up_stride),
+                   matrix<T>(tgate, tgate_stride), matrix<T>(tup, tup_stride), static_cast<T*>(out),
+                   static_cast<T*>(tout), rows, cols, where);
+    });
+}
+
+}  // namespace
+
+void add_swiglu(Kernels& kernels) {
+    kernels.swiglu = swiglu;
+    kernels.swiglu_backward = swiglu_backward;
+    kernels.swiglu_tangent = swiglu_tangent;
+}
+
+}  // namespace tim::cpu::TIM_ISA

@@ -1,0 +1,88 @@
+// The kernels' signatures: the one list that CPU code, CUDA code and Python bindings share.
+#pragma once
+
+#include <stdint.h>
+
+namespace tim {
+
+enum DType : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
+
+// One back end's kernels; an entry that stays null does not exist in Python either.
+//
+// `const float*` and `float*` are float32 whatever the dtype; `void*` are of type `dtype`
+// (`data_dtype` where a kernel has two). `where` is the number of threads on a CPU and the stream
+// handle on a GPU. Shapes and formulas stand in the docstrings of tim.ops.
+struct Kernels {
+    void (*interpolate)(const void* x, const void* z, const float* coefficients, void* a, void* b,
+                        int64_t batch, int64_t n, int dtype, int64_t where);
+
+    void (*swiglu)(const void* gate, int64_t gate_stride, const void* up, int64_t up_stride,
+                   void* out, int64_t rows, int64_t cols, int dtype, int64_t where);
+    void (*swiglu_backward)(const void* grad, const void* gate, int64_t gate_stride, const void* up,
+                            int64_t up_stride, void* dgate, void* dup, int64_t rows, int64_t cols,
+                            int dtype, int64_t where);
+    void (*swiglu_tangent)(const void* gate, int64_t gate_stride, const void* up, int64_t up_stride,
+                           const void* tgate, int64_t tgate_stride, const void* tup,
+                           int64_t tup_stride, void* out, void* tout, int64_t rows, int64_t cols,
+                           int dtype, int64_t where);
+
+    void (*adaln)(const void* x, const void* y, const void* gate, const void* shift,
+                  const void* scale, void* res, void* out, float* mean, float* rstd, int64_t batch,
+                  int64_t tokens, int64_t channels, int64_t gate_stride, int64_t shift_stride,
+                  int64_t scale_stride, double eps, int dtype, int64_t where);
+    void (*adaln_backward)(const void* dout, const void* dres, const void* res, const void* y,
+                           const void* gate, const void* scale, const float* mean,
+                           const float* rstd, void* dx, void* dy, void* dgate, void* dshift,
+                           void* dscale, int64_t batch, int64_t tokens, int64_t channels,
+                           int64_t gate_stride, int64_t scale_stride, double eps, int dtype,
+                           int64_t where);
+    void (*adaln_tangent)(const void* x, const void* y, const void* gate, const void* shift,
+                          const void* scale, const void* tx, const void* ty, const void* tgate,
+                          const void* tshift, const void* tscale, void* res, void* out, void* tres,
+                          void* tout, float* mean, float* rstd, int64_t batch, int64_t tokens,
+                          int64_t channels, int64_t gate_stride, int64_t shift_stride,
+                          int64_t scale_stride, int64_t tgate_stride, int64_t tshift_stride,
+                          int64_t tscale_stride, double eps, int dtype, int64_t where);
+
+    void (*qk_norm_rope)(const void* qkv, const float* q_weight, const float* q_bias,
+                         const float* k_weight, const float* k_bias, const float* cos,
+                         const float* sin, void* q, void* k, void* v, int64_t batch, int64_t tokens,
+                         int64_t heads, int64_t head_dim, int64_t stride_b, int64_t stride_n,
+                         double eps, int dtype, int64_t where);
+    void (*qk_norm_rope_backward)(const void* gq, const void* gk, const void* gv, const void* qkv,
+                                  const float* q_weight, const float* k_weight, const float* cos,
+                                  const float* sin, void* dqkv, float* dq_weight, float* dq_bias,
+                                  float* dk_weight, float* dk_bias, int64_t batch, int64_t tokens,
+                                  int64_t heads, int64_t head_dim, int64_t stride_b,
+                                  int64_t stride_n, double eps, int dtype, int64_t where);
+    void (*qk_norm_rope_tangent)(const void* qkv, const void* tqkv, const float* q_weight,
+                                 const float* q_bias, const float* k_weight, const float* k_bias,
+                                 const float* cos, const float* sin, void* q, void* k, void* v,
+                                 void* tq, void* tk, void* tv, int64_t batch, int64_t tokens,
+                                 int64_t heads, int64_t head_dim, int64_t stride_b,
+                                 int64_t stride_n, int64_t tstride_b, int64_t tstride_n, double eps,
+                                 int dtype, int64_t where);
+
+    void (*transition_loss)(const void* F, const void* x, const void* z, const void* d,
+                            const void* d_minus, const void* cond, const void* null,
+                            const float* coefficients, const float* time_weight, int64_t first,
+                            void* target, float* loss, float* denoising, float* weight,
+                            int64_t batch, int64_t channels, int64_t positions, bool cosine,
+                            int dtype, int data_dtype, int64_t where);
+    void (*transition_loss_backward)(const float* scale, const void* F, const void* target,
+                                     void* dF, int64_t batch, int64_t channels, int64_t positions,
+                                     bool cosine, int dtype, int data_dtype, int64_t where);
+};
+
+namespace cpu {
+const Kernels& kernels();
+const char* isa();
+}  // namespace cpu
+
+#ifdef TIM_HAS_CUDA
+namespace cuda {
+const Kernels& kernels();
+}
+#endif
+
+}  // namespace tim
