@@ -1,4 +1,4 @@
-"""Makes the helpers in this folder (golden_files) importable from every test, sub-folders included."""
+"""Makes the helpers in this folder importable from every test, sub-folders included."""
 
 import sys
 from pathlib import Path

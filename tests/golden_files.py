@@ -1,7 +1,7 @@
 """Reads the reference numbers in tests/golden (format and tolerances: tests/golden/README.md)."""
 
 import json
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -10,10 +10,11 @@ from safetensors import safe_open
 GOLDEN_DIR = Path(__file__).parent / "golden"
 
 
-@lru_cache(maxsize=None)
-def _read(name: str) -> tuple[dict[str, torch.Tensor], str]:
-    with safe_open(GOLDEN_DIR / f"{name}.safetensors", framework="pt") as file:
-        return {key: file.get_tensor(key) for key in file.keys()}, file.metadata()["config"]
+@cache
+def _read(file_name: str) -> tuple[dict[str, torch.Tensor], str]:
+    with safe_open(GOLDEN_DIR / f"{file_name}.safetensors", framework="pt") as file:
+        names = file.keys()
+        return {name: file.get_tensor(name) for name in names}, file.metadata()["config"]
 
 
 def golden(name: str) -> tuple[dict[str, torch.Tensor], dict]:
