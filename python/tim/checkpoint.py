@@ -1,0 +1,139 @@
+"""Checkpoints that are there as a whole or not at all.
+
+    checkpoints/00001000/model.safetensors   weights, with the model's configuration in the metadata
+                         ema.safetensors     averaged weights, likewise
+                         state.pt            optimizer, random states, counters
+
+A checkpoint is written to a folder `00001000.tmp-PID`, flushed to the disk and then renamed.
+Whatever a killed process leaves behind has a name that no reader looks at, and goes when the next
+run starts.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import re
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+MODEL, AVERAGE, STATE = "model.safetensors", "ema.safetensors", "state.pt"
+_COMPLETE = re.compile(r"\d{8,}")
+_TEMPORARY = re.compile(r"\d{8,}\.tmp-.*")
+
+
+def save_checkpoint(
+    folder: Path,
+    step: int,
+    model: nn.Module,
+    average: nn.Module,
+    state: Mapping[str, Any],
+    keep: int,
+) -> Path:
+    """Write checkpoint `step` below `folder` and delete all but the `keep` newest.
+
+    `model.config.to_dict()` goes into the metadata of the weight files; `state` may hold tensors
+    and plain values (it is read back with `weights_only=True`).
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    final = folder / f"{step:08d}"
+    temporary = folder / f"{final.name}.tmp-{os.getpid()}"
+    temporary.mkdir()
+    save_weights(model, temporary / MODEL)
+    save_weights(average, temporary / AVERAGE)
+    torch.save(dict(state), temporary / STATE)
+    for path in [*temporary.iterdir(), temporary]:
+        _flush(path)
+    os.replace(temporary, final)
+    _flush(folder)
+    for old in checkpoints(folder)[:-keep]:
+        # Renamed first: a half-deleted folder must not look like a checkpoint.
+        doomed = old.with_name(f"{old.name}.tmp-old")
+        os.replace(old, doomed)
+        shutil.rmtree(doomed)
+    return final
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """Complete checkpoints below `folder`, oldest first."""
+    if not folder.is_dir():
+        return []
+    found = [path for path in folder.iterdir() if _COMPLETE.fullmatch(path.name)]
+    whole = [p for p in found if all((p / name).is_file() for name in (MODEL, AVERAGE, STATE))]
+    return sorted(whole, key=lambda path: int(path.name))
+
+
+def latest_checkpoint(folder: Path) -> Path | None:
+    return next(reversed(checkpoints(folder)), None)
+
+
+def remove_leftovers(folder: Path) -> list[Path]:
+    """Delete what a killed process left half-written below `folder`; returns the paths."""
+    if not folder.is_dir():
+        return []
+    leftovers = [path for path in folder.iterdir() if _TEMPORARY.fullmatch(path.name)]
+    for path in leftovers:
+        shutil.rmtree(path)
+    return leftovers
+
+
+def load_checkpoint(path: Path, model: nn.Module, average: nn.Module) -> dict[str, Any]:
+    """Load the weights of checkpoint `path` into both modules and return its state, on the CPU."""
+    load_weights(model, path / MODEL)
+    load_weights(average, path / AVERAGE)
+    return torch.load(path / STATE, map_location="cpu", weights_only=True)
+
+
+def save_weights(model: nn.Module, path: Path) -> None:
+    tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+    metadata = {"format": "pt"}
+    if config := getattr(model, "config", None):
+        metadata["config"] = json.dumps(config.to_dict())
+    save_file(tensors, path, metadata)
+
+
+def load_weights(model: nn.Module, path: Path) -> None:
+    """Raises ValueError when the tensors in `path` are not those of `model`."""
+    try:
+        model.load_state_dict(load_file(path))
+    except RuntimeError as error:
+        raise ValueError(f"{path} does not fit the model: {' '.join(str(error).split())}") from None
+
+
+def random_states() -> dict[str, Any]:
+    """States of all global generators, in a form that `torch.load(weights_only=True)` reads."""
+    kind, keys, position, has_gauss, gauss = np.random.get_state()
+    return {
+        "python": random.getstate(),
+        "numpy": (kind, torch.from_numpy(keys.astype(np.int64)), position, has_gauss, gauss),
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+    }
+
+
+def set_random_states(states: Mapping[str, Any]) -> None:
+    """Inverse of `random_states`; the CUDA states are left out on a machine with other devices."""
+    random.setstate(states["python"])
+    kind, keys, *rest = states["numpy"]
+    np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))
+    torch.set_rng_state(states["torch"])
+    cuda: list[Tensor] = states["cuda"]
+    if cuda and len(cuda) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(cuda)
+
+
+def _flush(path: Path) -> None:
+    """Wait until the file or folder is on the disk, so that the rename cannot get there first."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

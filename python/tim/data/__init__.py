@@ -1,0 +1,59 @@
+"""Training data: the embedded digits, folders of images, array files.
+
+Every data set is a `Dataset`; which images a step sees is `BatchOrder`'s business alone.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from tim.data.dataset import ArrayDataset, Batch, Dataset, to_float, to_uint8
+from tim.data.order import BatchOrder, batches
+
+if TYPE_CHECKING:
+    from tim.config import DataConfig
+
+__all__ = [
+    "ArrayDataset",
+    "Batch",
+    "BatchOrder",
+    "Dataset",
+    "batches",
+    "build_dataset",
+    "to_float",
+    "to_uint8",
+]
+
+
+def build_dataset(config: DataConfig, split: str = "train") -> Dataset:
+    """The data set of a configuration; `split` is "train" or "test" (digits and arrays only).
+
+    Raises ValueError for a missing `data.path` or a split that is not there, FileNotFoundError for
+    a path that does not exist.
+    """
+    if split not in ("train", "test"):
+        raise ValueError(f'split must be "train" or "test", got {split!r}')
+    if config.kind == "digits":
+        from tim.data.digits import digits
+
+        return digits(split, config.flip)
+    if config.path is None:
+        raise ValueError(
+            f"data.path is missing: where are the images? (data.kind is {config.kind})"
+        )
+    if config.kind == "arrays":
+        from tim.data.arrays import arrays
+
+        return arrays(config.path, split, config.flip)
+    if split == "test":
+        raise ValueError(f"{config.path}: a folder of images has no test split")
+    from tim.data.folder import GIGABYTE, FolderDataset
+
+    return FolderDataset(
+        config.path,
+        config.image_size,
+        config.channels,
+        config.flip,
+        config.workers,
+        round(config.cache_gb * GIGABYTE),
+    )

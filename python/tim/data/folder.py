@@ -1,0 +1,150 @@
+"""A folder of images, a class for each sub-folder."""
+
+from __future__ import annotations
+
+import os
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+
+from tim.data.dataset import Batch, Dataset, flip_some, to_float
+
+SUFFIXES = frozenset((".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm"))
+GIGABYTE = 10**9
+
+
+class FolderDataset(Dataset):
+    """The images below `path`, cropped at the centre to a square and resized to `image_size`.
+
+    The class of an image is its sub-folder of `path`, in sorted order; with no sub-folders all
+    images are of one class. Decoded images are kept in memory when all of them fit in
+    `cache_bytes`.
+
+    A file that cannot be decoded is noted in `skipped` when it is met, and the next readable image
+    in sorted order takes its place, so the order of all others stays as it is.
+
+    Raises FileNotFoundError when `path` is no folder, ValueError when it holds no image, or images
+    both beside and inside sub-folders; `batch` raises ValueError when no file is readable.
+    """
+
+    prefetch = 2
+
+    def __init__(
+        self,
+        path: str | Path,
+        image_size: int,
+        channels: int = 3,
+        flip: float = 0.0,
+        workers: int = 4,
+        cache_bytes: int = 2 * GIGABYTE,
+    ):
+        self.path = Path(path)
+        self.files, labels, self.classes = list_images(self.path)
+        self.labels = torch.tensor(labels)
+        self.num_classes = len(self.classes)
+        self.shape = (channels, image_size, image_size)
+        self.flip = flip
+        # Pillow refuses very large pictures as a guard against hostile uploads; these are the
+        # user's.
+        Image.MAX_IMAGE_PIXELS = None
+        self._pool = ThreadPoolExecutor(workers, "tim-decode")
+        self._lock = threading.Lock()
+        self._skipped: dict[int, str] = {}
+        self._cache: np.ndarray | None = None
+        if len(self.files) * channels * image_size**2 <= cache_bytes:
+            # Pages are only taken from the system when images are written to them.
+            self._cache = np.empty((len(self.files), *self.shape), np.uint8)
+        self._cached = np.zeros(len(self.files), bool)
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    @property
+    def skipped(self) -> dict[str, str]:
+        with self._lock:
+            return {self.files[i]: reason for i, reason in sorted(self._skipped.items())}
+
+    def batch(self, indices: np.ndarray, rng: np.random.Generator) -> Batch:
+        chosen, pixels = zip(*self._pool.map(self._readable, indices.tolist()), strict=True)
+        x = to_float(torch.from_numpy(np.stack(pixels)))
+        return Batch(flip_some(x, self.flip, rng), self.labels[list(chosen)])
+
+    def _readable(self, index: int) -> tuple[int, np.ndarray]:
+        """The first readable image from `index` on: its number and pixels [C, H, W]."""
+        for candidate in [*range(index, len(self.files)), *range(index)]:
+            if candidate not in self._skipped and (pixels := self._pixels(candidate)) is not None:
+                return candidate, pixels
+        raise ValueError(f"none of the {len(self.files)} images in {self.path} can be read")
+
+    def _pixels(self, index: int) -> np.ndarray | None:
+        if self._cached[index]:
+            return self._cache[index]  # type: ignore[index]
+        try:
+            pixels = load_image(self.path / self.files[index], self.shape[1], self.shape[0])
+        # Decoders raise whatever they stumble over in a damaged file; no kind of it may end the
+        # run.
+        except Exception as error:
+            with self._lock:
+                self._skipped[index] = f"{type(error).__name__}: {' '.join(str(error).split())}"
+            return None
+        if self._cache is not None:
+            self._cache[index] = pixels
+            self._cached[index] = True
+        return pixels
+
+
+def list_images(path: Path) -> tuple[list[str], list[int], list[str]]:
+    """Image files below `path` (sorted, relative), the class number of each, the class names."""
+    if not path.is_dir():
+        raise FileNotFoundError(f"data.path: {path} is not a folder")
+    found = sorted(
+        Path(folder, name).relative_to(path)
+        for folder, _, names in os.walk(path, followlinks=True)
+        for name in names
+        if Path(name).suffix.lower() in SUFFIXES and not name.startswith(".")
+    )
+    if not found:
+        raise ValueError(f"{path} holds no images ({', '.join(sorted(SUFFIXES))})")
+    top = [file.parts[0] if len(file.parts) > 1 else "" for file in found]
+    classes = sorted(set(top))
+    if "" in classes and len(classes) > 1:
+        raise ValueError(
+            f"{path} holds images both in sub-folders and beside them ({found[top.index('')]}): "
+            "every image must be in the sub-folder of its class, or none"
+        )
+    number = {name: i for i, name in enumerate(classes)}
+    return [str(file) for file in found], [number[name] for name in top], classes
+
+
+def load_image(path: str | Path, size: int, channels: int = 3) -> np.ndarray:
+    """Centre square of the picture in `path`, upright, on white: uint8 [channels, size, size].
+
+    Raises whatever Pillow raises for a file that is no complete image.
+    """
+    with Image.open(path) as image:
+        # JPEG decoders can halve the size while decoding; twice the target is left for a clean
+        # resize.
+        image.draft(None, (2 * size, 2 * size))
+        image = ImageOps.exif_transpose(image)
+        image = _flatten(image).convert("L" if channels == 1 else "RGB")
+    side = min(image.size)
+    left, top = (image.width - side) / 2, (image.height - side) / 2
+    box = (left, top, left + side, top + side)
+    image = image.resize((size, size), Image.Resampling.LANCZOS, box=box, reducing_gap=3.0)
+    return np.asarray(image).reshape(size, size, channels).transpose(2, 0, 1)
+
+
+def _flatten(image: Image.Image) -> Image.Image:
+    """The image without transparency (on white) and with 8 bits per channel."""
+    if image.mode in ("I", "I;16", "I;16B", "I;16L", "I;16N"):
+        # 16-bit grey; Pillow's own conversion to 8 bits clips instead of scaling.
+        return Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8))
+    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, "white")
+        return Image.alpha_composite(white, image)
+    return image

@@ -1,0 +1,108 @@
+"""`tim info`: what is installed, which devices there are, and which operations run on kernels."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+from dataclasses import dataclass
+
+PACKAGES = ("torch", "numpy", "safetensors", "huggingface-hub", "tyro", "tensorboard", "diffusers")
+
+
+@dataclass(frozen=True)
+class Info:
+    """Versions, the compiled extension, devices and threads."""
+
+    ops: bool = False
+    """Also list each operation: which runs on a compiled kernel, and why not the others."""
+
+
+def main(arguments: list[str]) -> int:
+    from rich.console import Console
+
+    from tim.cli import parse
+
+    command = parse(Info, "tim info", arguments)
+    console = Console(soft_wrap=True)
+    console.print(_table(("", ""), facts()))
+    if command.ops:
+        console.print(_table(("operation", "cpu", "cuda"), operations()))
+    return 0
+
+
+def facts() -> list[tuple[str, str]]:
+    """(what, value) of everything but the operations."""
+    import torch
+
+    import tim
+    from tim import _extension
+
+    build = _extension.build_info()
+    if _extension.C is None:
+        reason = build.get("reason") or _extension.REASON
+        remedy = build.get("remedy") or (
+            "install the package from its source folder with a C++ compiler there: pip install ."
+        )
+        extension = [("extension", f"not built: {reason}"), ("to get it", str(remedy))]
+    else:
+        cuda = build.get("cuda")
+        kernels = f"CUDA {cuda}, {build['cuda_architectures']}" if cuda else "not built"
+        extension = [
+            ("extension", f"built by {build['compiler']}, flags {' '.join(build['flags'])}"),
+            ("cpu kernels", f"{_extension.C.cpu.isa()} in use, of {', '.join(build['isa'])}"),
+            ("cuda kernels", kernels),
+        ]
+        if build.get("remedy"):
+            extension.append(("to get more", f"{build['reason']}: {build['remedy']}"))
+    if os.environ.get("TIM_KERNELS", "").lower() == "off":
+        extension.append(("TIM_KERNELS", "off: every operation runs its PyTorch reference"))
+    devices = [
+        (f"cuda:{i}", f"{p.name}, {p.total_memory / 1e9:.0f} GB, compute {p.major}.{p.minor}")
+        for i in range(torch.cuda.device_count())
+        for p in [torch.cuda.get_device_properties(i)]
+    ]
+    return [
+        ("tim", tim.__version__),
+        ("python", f"{platform.python_version()} on {platform.system()} {platform.machine()}"),
+        *((name, _version(name)) for name in PACKAGES),
+        *extension,
+        ("threads", f"{torch.get_num_threads()} of {os.cpu_count()} processors"),
+        *(devices or [("cuda", "no device that torch can see")]),
+    ]
+
+
+def operations() -> list[tuple[str, str, str]]:
+    """(operation, what runs on a cpu, what runs on a CUDA device) for each operation."""
+    from tim import ops
+
+    return [
+        (name, *(_backend(name, device, devices) for device in ("cpu", "cuda")))
+        for name, devices in ops.available().items()
+    ]
+
+
+def _backend(name: str, device: str, devices: tuple[str, ...]) -> str:
+    from tim import _extension
+
+    if device in devices:
+        return "kernel"
+    if _extension.kernels(device) is None:
+        return f"PyTorch ({device} kernels not built)"
+    return "PyTorch (no kernel for it)"
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _table(headings: tuple[str, ...], rows: list):
+    from rich.table import Table
+
+    table = Table(*headings, box=None, show_header=any(headings), pad_edge=False)
+    for name, *values in rows:
+        table.add_row(f"[bold]{name}", *values)
+    return table

@@ -1,0 +1,170 @@
+"""Named configurations, the starting points of `tim train`."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+from tim.config import (
+    DataConfig,
+    GuidanceConfig,
+    ObjectiveConfig,
+    RunConfig,
+    SampleConfig,
+    TrainConfig,
+    TransportConfig,
+)
+from tim.models import ARCHITECTURES, TiMConfig
+
+
+def digits() -> RunConfig:
+    """scikit-learn's scanned digits, 8 x 8 pixels: no download, minutes on two CPU cores."""
+    return RunConfig(
+        preset="digits",
+        model=TiMConfig(
+            input_size=8,
+            patch_size=2,
+            in_channels=1,
+            hidden_size=96,
+            depth=4,
+            num_heads=4,
+            num_classes=10,
+            encoder_depth=2,
+        ),
+        transport=TransportConfig(P_mean=-0.4),
+        data=DataConfig(kind="digits"),
+        train=TrainConfig(
+            steps=4000,
+            batch_size=128,
+            lr=1e-3,
+            schedule="cosine",
+            warmup_steps=100,
+            ema_halflife_images=20_000,
+        ),
+        sample=SampleConfig(steps=(1, 2, 4, 8, 16, 32)),
+    )
+
+
+def fashion_mnist() -> RunConfig:
+    """Fashion-MNIST, or any idx pair or .npz of 28 x 28 grey images: an hour on a CPU."""
+    return RunConfig(
+        preset="fashion-mnist",
+        model=TiMConfig(
+            input_size=28,
+            patch_size=4,
+            in_channels=1,
+            hidden_size=192,
+            depth=8,
+            num_heads=6,
+            num_classes=10,
+            encoder_depth=4,
+        ),
+        transport=TransportConfig(P_mean=-0.4),
+        # Where Debian's package dataset-fashion-mnist puts the files.
+        data=DataConfig(kind="arrays", path="/usr/share/datasets/fashion-mnist", flip=0.0),
+        train=TrainConfig(
+            steps=20_000,
+            batch_size=128,
+            lr=5e-4,
+            schedule="cosine",
+            warmup_steps=500,
+            ema_halflife_images=100_000,
+        ),
+    )
+
+
+def images_64() -> RunConfig:
+    """Your own folder of pictures (--data.path), 64 x 64 pixels, a class for each sub-folder."""
+    return RunConfig(
+        preset="images-64",
+        model=TiMConfig(
+            input_size=64,
+            patch_size=4,
+            in_channels=3,
+            hidden_size=384,
+            depth=12,
+            num_heads=6,
+            num_classes=1,
+            encoder_depth=6,
+        ),
+        transport=TransportConfig(P_mean=-0.4),
+        data=DataConfig(kind="folder", image_size=64, flip=0.5),
+        train=TrainConfig(
+            steps=100_000,
+            batch_size=128,
+            lr=3e-4,
+            warmup_steps=1000,
+            ema_halflife_images=500_000,
+        ),
+        sample=SampleConfig(columns=8),
+    )
+
+
+def _paper(name: str, steps: int, transport: TransportConfig, **train: int) -> RunConfig:
+    """Architecture, objective and optimizer of the released configuration; latents in an .npz file.
+
+    The derivative is the exact one, where the released runs took the finite difference.
+    """
+    return RunConfig(
+        preset=name,
+        model=ARCHITECTURES[name],
+        transport=transport,
+        objective=ObjectiveConfig(guidance=GuidanceConfig(enabled=False)),
+        data=DataConfig(kind="arrays"),
+        train=TrainConfig(
+            steps=steps,
+            **{"batch_size": 256, **train},
+            precision="bf16",
+            ema_rampup=0.0,
+            checkpoint_every=2000,
+            sample_every=0,
+        ),
+    )
+
+
+def tim_b4_256() -> RunConfig:
+    """The paper's TiM-B/4 on 256-pixel ImageNet latents."""
+    return _paper("tim-b4-256", 100_000, TransportConfig(P_mean=-0.4))
+
+
+def tim_xl2_256() -> RunConfig:
+    """The paper's TiM-XL/2 on 256-pixel ImageNet latents."""
+    return _paper("tim-xl2-256", 750_000, TransportConfig(P_mean=-0.4))
+
+
+def tim_xl1_512() -> RunConfig:
+    """The paper's TiM-XL/1 on 512-pixel ImageNet latents (autoencoder of factor 32)."""
+    return _paper("tim-xl1-512", 1_250_000, TransportConfig(P_mean=-0.4))
+
+
+def tim_t2i_xl1() -> RunConfig:
+    """The paper's text-to-image TiM-XL/1 (the trainer does not take captions yet)."""
+    transport = TransportConfig(P_mean=0.0, P_std=1.6)
+    return _paper("tim-t2i-xl1", 500_000, transport, batch_size=512)
+
+
+PRESETS: dict[str, Callable[[], RunConfig]] = {
+    "digits": digits,
+    "fashion-mnist": fashion_mnist,
+    "images-64": images_64,
+    "tim-b4-256": tim_b4_256,
+    "tim-xl2-256": tim_xl2_256,
+    "tim-xl1-512": tim_xl1_512,
+    "tim-t2i-xl1": tim_t2i_xl1,
+}
+
+
+def get(name: str, **changes: object) -> RunConfig:
+    """The preset called `name`, with whole sections replaced: get("digits",
+    train=TrainConfig(...)).
+
+    Raises ValueError for an unknown name.
+    """
+    if name not in PRESETS:
+        raise ValueError(f"preset must be one of {', '.join(PRESETS)}, got {name!r}")
+    return dataclasses.replace(PRESETS[name](), **changes)  # type: ignore[arg-type]
+
+
+def describe() -> dict[str, str]:
+    """Name and one line about each preset."""
+    return {name: (build.__doc__ or "").splitlines()[0] for name, build in PRESETS.items()}
