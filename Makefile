@@ -1,0 +1,47 @@
+# make demo: train on scanned digits and look at samples.   make test: every test.
+# Both set up all they need in .venv; no GPU, no network beyond pip.
+
+PYTHON ?= python3
+VENV ?= .venv
+RUN ?= runs/demo
+# CUDA kernels take longest to compile and need a GPU to run, so they are left out where there is none.
+# TIM_CUDA=ON builds them anyway.
+TIM_CUDA ?= $(if $(shell command -v nvidia-smi),AUTO,OFF)
+
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed-$(TIM_CUDA)
+BUILD_INPUTS := pyproject.toml constraints.txt CMakeLists.txt $(shell find csrc cmake -type f)
+
+.PHONY: demo test lint format clean
+.DELETE_ON_ERROR:
+
+$(INSTALLED): $(BUILD_INPUTS)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	SKBUILD_CMAKE_DEFINE=TIM_CUDA=$(TIM_CUDA) \
+	  $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	rm -f $(VENV)/.installed-*
+	touch $@
+
+demo: $(INSTALLED)
+	rm -rf $(RUN)
+	$(BIN)/tim train digits --run $(RUN)
+	$(BIN)/tim sample $(RUN) --steps 1,2,4,8,16,32 --out $(RUN)/samples.png
+	$(BIN)/tim evaluate $(RUN)
+
+test: $(INSTALLED)
+	$(BIN)/python -m pytest -q
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' \
+	  | xargs $(BIN)/clang-format --dry-run --Werror
+
+format: $(INSTALLED)
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+	find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' \
+	  | xargs $(BIN)/clang-format -i
+
+clean:
+	rm -rf $(VENV) build dist
