@@ -158,7 +158,9 @@ def _tangent(
             query, output, t_query = (
                 None if x is None else x[tile] for x in (operands[0], operands[3], operands[4])
             )
-            result[tile] = _tile(query, key, value, output, t_query, t_key, t_value, scale)
+            # Autocast reaches into opaque operations and would round the float32 scores.
+            with torch.autocast(q.device.type, enabled=False):
+                result[tile] = _tile(query, key, value, output, t_query, t_key, t_value, scale)
     return result.unflatten(0, (batch, heads)).transpose(1, 2).to(q.dtype).contiguous()
 
 
