@@ -2,12 +2,14 @@
 
 # No postponed annotations here: the hub mixin reads the class of `config` from the signature.
 
+import json
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn as nn
 from huggingface_hub import PyTorchModelHubMixin
+from safetensors.torch import save_file
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
@@ -203,6 +205,10 @@ class TiM(
         for layer in (*self.blocks, self.final_layer):
             nn.init.zeros_(layer.adaLN_modulation.fc2.weight)
         nn.init.zeros_(self.final_layer.linear.weight)
+
+    def _save_pretrained(self, save_directory: Path) -> None:
+        metadata = {"format": "pt", "config": json.dumps(self.config.to_dict())}
+        save_file(self.state_dict(), save_directory / "model.safetensors", metadata)
 
     @classmethod
     def _from_pretrained(

@@ -1,0 +1,207 @@
+import dataclasses
+import json
+import types
+
+import huggingface_hub
+import pytest
+import torch
+import yaml
+from networks import CAPTIONS, KINDS, LABELS, arguments, network
+from safetensors.torch import save_file
+
+from tim.models import ARCHITECTURES, TiM, load, loading
+
+
+def assert_same(one: TiM, two: TiM) -> None:
+    assert one.config == two.config
+    for (name, a), b in zip(one.named_parameters(), two.parameters(), strict=True):
+        assert torch.equal(a, b), name
+        assert b.requires_grad
+        assert b.is_leaf
+
+
+def save(model: TiM, path, with_config: bool = True):
+    metadata = {"config": json.dumps(model.config.to_dict())} if with_config else None
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file(model.state_dict(), path, metadata)
+    return path
+
+
+@pytest.mark.parametrize("config", KINDS.values(), ids=KINDS)
+def test_pretrained_round_trip(config, tmp_path):
+    model = network(config)
+    model.save_pretrained(tmp_path)
+    assert {"config.json", "model.safetensors"} <= {path.name for path in tmp_path.iterdir()}
+    weights = tmp_path / "model.safetensors"
+    for loaded in (load(tmp_path), TiM.from_pretrained(tmp_path), load(weights)):
+        assert_same(loaded, model)
+        assert not loaded.training
+        assert torch.equal(loaded(*arguments(config)), model(*arguments(config)))
+
+
+def test_weight_file_with_its_configuration(tmp_path):
+    model = network(LABELS)
+    assert_same(load(str(save(model, tmp_path / "w.safetensors"))), model)
+
+
+def test_weight_file_without_configuration(tmp_path):
+    model = network(LABELS)
+    path = save(model, tmp_path / "w.safetensors", with_config=False)
+    with pytest.raises(ValueError, match=r"carries no configuration: pass config=.*tim-xl2-256"):
+        load(path)
+    assert_same(load(path, config=LABELS), model)
+
+
+@pytest.mark.parametrize("suffix", [".bin", ".pt"])
+def test_pickled_weights(suffix, tmp_path):
+    model = network(CAPTIONS)
+    path = tmp_path / f"t2i_model{suffix}"
+    torch.save(model.state_dict(), path)
+    assert_same(load(path, config=CAPTIONS), model)
+
+
+def test_named_architecture_means_released_weights(tmp_path, monkeypatch):
+    model = network(CAPTIONS)
+    path = save(model, tmp_path / "w.safetensors", with_config=False)
+    monkeypatch.setitem(ARCHITECTURES, "tiny", CAPTIONS)
+    assert load(path, config="tiny").config == dataclasses.replace(CAPTIONS, rope_grid="released")
+    with pytest.raises(ValueError, match=r"config must be one of .*tiny, got 'huge'"):
+        load(path, config="huge")
+
+
+def test_configuration_that_contradicts_the_file(tmp_path):
+    path = save(network(LABELS), tmp_path / "w.safetensors")
+    assert load(path, config=LABELS).config == LABELS
+    with pytest.raises(ValueError, match="carries its own configuration, which differs"):
+        load(path, config=dataclasses.replace(LABELS, new_condition="r"))
+
+
+def test_newest_checkpoint_of_a_run(tmp_path):
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump({"model": LABELS.to_dict(), "train": {}}))
+    with pytest.raises(FileNotFoundError, match=r"holds no checkpoints/<step>/ema.safetensors"):
+        load(tmp_path)
+    # By number, not by name; what is not a finished step does not count.
+    for seed, step in enumerate(("00999", "01000", "5", "02000.tmp")):
+        save(network(LABELS, seed=seed), tmp_path / "checkpoints" / step / "ema.safetensors")
+    (tmp_path / "checkpoints" / "03000").mkdir()
+    assert_same(load(tmp_path), network(LABELS, seed=1))
+
+
+def test_directories_that_are_no_source(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"must hold config.json or config.yaml"):
+        load(tmp_path)
+    (tmp_path / "config.yaml").write_text("train: {}")
+    with pytest.raises(ValueError, match="must have a mapping `model`"):
+        load(tmp_path)
+    with pytest.raises(FileNotFoundError, match="neither a file, a directory nor a hub id"):
+        load(tmp_path / "nothing.safetensors")
+
+
+def test_lists_what_does_not_fit(tmp_path):
+    state = network(LABELS).state_dict()
+    state["spare"] = state.pop("x_embedder.proj.bias")
+    state["t_embedder.mlp.0.bias"] = torch.zeros(7)
+    path = tmp_path / "w.safetensors"
+    save_file(state, path)
+    with pytest.raises(ValueError, match="do not fit") as caught:
+        load(path, config=LABELS)
+    message = str(caught.value)
+    assert "1 missing: x_embedder.proj.bias;" in message
+    assert "1 unexpected: spare;" in message
+    assert "1 of another shape: t_embedder.mlp.0.bias [7] instead of [48]" in message
+    with pytest.raises(ValueError, match=r"9 missing: blocks.0.*, \.\.\.") as caught:
+        state = {k: v for k, v in network(LABELS).state_dict().items() if "blocks.0.attn" not in k}
+        save_file(state, path)
+        load(path, config=LABELS)
+    assert "\n" not in str(caught.value)
+
+
+def test_from_pretrained_is_strict(tmp_path):
+    network(LABELS).save_pretrained(tmp_path)
+    save_file({"spare": torch.zeros(1)}, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match="1 unexpected: spare"):
+        TiM.from_pretrained(tmp_path)
+    (tmp_path / "config.json").unlink()
+    with pytest.raises(ValueError, match=r"has no config.json: load its weights with tim.load"):
+        TiM.from_pretrained(tmp_path)
+
+
+def test_unknown_settings_of_a_saved_configuration(tmp_path):
+    network(LABELS).save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({**LABELS.to_dict(), "breadth": 3}))
+    with pytest.raises(ValueError, match="unknown model settings: breadth"):
+        load(tmp_path)
+
+
+def test_dtype_and_device(tmp_path):
+    path = save(network(LABELS), tmp_path / "w.safetensors")
+    assert {p.dtype for p in load(path, dtype=torch.bfloat16).parameters()} == {torch.bfloat16}
+    assert {p.dtype for p in load(path, device=torch.device("cpu")).parameters()} == {torch.float32}
+
+
+def test_loaded_network_trains(tmp_path):
+    model = load(save(network(LABELS), tmp_path / "w.safetensors"))
+    model(*arguments(LABELS)).square().mean().backward()
+    assert model.x_embedder.proj.weight.grad.abs().max() > 0
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A stand-in for the hub: repositories are folders."""
+
+    def download(repository, filename, **_):
+        path = tmp_path / repository / filename
+        if not path.is_file():
+            raise huggingface_hub.errors.LocalEntryNotFoundError(f"{filename} is not cached\nTry")
+        return str(path)
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    return tmp_path
+
+
+def test_hub_repository(hub):
+    model = network(LABELS)
+    model.save_pretrained(hub / "someone" / "digits")
+    assert_same(load("someone/digits"), model)
+
+
+def test_hub_weight_file(hub):
+    model = network(CAPTIONS)
+    (hub / "someone" / "weights").mkdir(parents=True)
+    torch.save(model.state_dict(), hub / "someone" / "weights" / "t2i_model.bin")
+    assert_same(load("someone/weights/t2i_model.bin", config=CAPTIONS), model)
+
+
+def test_hub_out_of_reach(monkeypatch, tmp_path):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(FileNotFoundError, match=r"someone/digits is no path here, and config.json"):
+        load("someone/digits")
+    with pytest.raises(FileNotFoundError) as caught:
+        load("someone/digits/w.safetensors")
+    assert "\n" not in str(caught.value)
+
+
+def test_push_to_hub_uploads_what_load_reads(monkeypatch, tmp_path):
+    model = network(LABELS)
+    loaded = []
+
+    class Api:
+        def __init__(self, **_):
+            pass
+
+        def create_repo(self, repo_id, **_):
+            return types.SimpleNamespace(repo_id=repo_id)
+
+        def upload_folder(self, folder_path, **_):
+            loaded.append(load(folder_path))
+            return "url"
+
+    monkeypatch.setattr(huggingface_hub.hub_mixin, "HfApi", Api)
+    assert model.push_to_hub("someone/digits") == "url"
+    assert_same(loaded[0], model)
+
+
+def test_fetch_names_the_first_line_of_the_reason(hub):
+    with pytest.raises(FileNotFoundError, match=r"from the hub: w.bin is not cached$"):
+        loading.fetch("someone/digits", "w.bin")
