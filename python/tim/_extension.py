@@ -9,8 +9,8 @@ import json
 from pathlib import Path
 from types import ModuleType
 
-# torch comes first on purpose: its OpenMP runtime is then the one the extension's kernels resolve to,
-# so both share one thread pool instead of two that fight for the same cores.
+# torch comes first on purpose: the extension's kernels then resolve to torch's OpenMP runtime, and
+# both share one thread pool instead of two that fight for the same cores.
 import torch  # noqa: F401
 
 _BUILD_INFO = Path(__file__).with_name("_build_info.json")
@@ -27,7 +27,7 @@ except ImportError as error:
 
 
 def build_info() -> dict:
-    """What the install recorded about the build: compiler, instruction sets, CUDA, reason and remedy.
+    """What the install recorded of the build: compiler, instruction sets, CUDA, reason, remedy.
 
     Returns an empty mapping when the package runs from a source tree that was never built.
     """

@@ -24,6 +24,8 @@ COMMANDS = {
         "tim.commands.sample",
         "draw a grid of samples from a run, a row for each step count",
     ),
+    "evaluate": ("tim.commands.evaluate", "quality of a run's samples against the number of steps"),
+    "encode": ("tim.encode", "latents of a folder of images, with an autoencoder of diffusers"),
     "info": ("tim.info", "versions, devices and which operations run on kernels"),
 }
 
@@ -59,7 +61,7 @@ def run(arguments: list[str]) -> int:
         # The reader (`| head`) has seen enough; without this, Python complains again at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except (ValueError, TypeError, OSError) as error:
+    except (ValueError, TypeError, OSError, ImportError) as error:
         if os.environ.get("TIM_TRACEBACK"):
             raise
         text = str(error)
