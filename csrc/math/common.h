@@ -38,48 +38,46 @@ TIM_HD float load(const BFloat16* p) { return from_bits(uint32_t(p->bits) << 16)
 
 TIM_HD void store(float* p, float value) { *p = value; }
 
-// Round to nearest, ties to even. A NaN keeps its sign and becomes quiet: rounding its mantissa up
+// Round to nearest, ties to even. A NaN is replaced by the quiet one, as rounding its mantissa up
 // could carry into infinity or zero.
 TIM_HD void store(BFloat16* p, float value) {
     const uint32_t bits = to_bits(value);
     const uint32_t rounded = bits + 0x7fffu + ((bits >> 16) & 1u);
-    const uint32_t quiet = bits | 0x400000u;
-    p->bits = uint16_t((value == value ? rounded : quiet) >> 16);
+    p->bits = uint16_t((value == value ? rounded : 0x7fc00000u) >> 16);
 }
 
-// exp(x) within 2 ulp of the exact value, in plain arithmetic that a compiler can vectorise:
-// x = n ln 2 + r with |r| <= ln(2)/2, a polynomial for exp(r) (coefficients of the Cephes library),
-// and 2^n in two factors so that results below the normal range round only once.
-TIM_HD float exp(float x) {
+// 1 + exp(x) within 2 ulp, infinite where it overflows, in plain arithmetic that a compiler can
+// vectorise: x = n ln 2 + r with |r| <= ln(2)/2, the polynomial of degree 6 with the smallest
+// relative error for exp(r), and 2^n put together from its bits.
+TIM_HD float one_plus_exp(float x) {
 #ifdef __CUDA_ARCH__
-    return ::expf(x);
+    return 1.0f + ::expf(x);
 #else
     constexpr float kLog2E = 1.44269504088896341f;
     constexpr float kLn2High = 0.693359375f;
     constexpr float kLn2Low = -2.12194440e-4f;
-    // Adding 1.5 * 2^23 leaves the nearest integer in the low bits of the sum.
-    constexpr float kRound = 12582912.0f;
-    // Beyond these the result is 0 or infinity; a NaN passes both comparisons unchanged.
-    x = x < -104.0f ? -104.0f : x;
-    x = x > 89.0f ? 89.0f : x;
-    const float shifted = x * kLog2E + kRound;
-    const float n = shifted - kRound;
-    const int32_t exponent = int32_t(to_bits(shifted) - to_bits(kRound));
+    // Adding 1.5 * 2^23 leaves the nearest integer in the low bits of the sum; the 126 is the bias
+    // of the exponent of 2^(n-1), whose n, unlike that of 2^n, stays in range up to the overflow.
+    constexpr float kRound = 12582912.0f + 126.0f;
+    constexpr int32_t kOverflow = 0x4b4000ff;
+    // Below -87 the result is 1. From n = 129 on 2^(n-1) has the bits of infinity; that end is cut
+    // off as an integer because compilers turn two float comparisons into slow branches. A NaN
+    // fails the comparison and stays one.
+    x = x < -87.0f ? -87.0f : x;
+    int32_t bits = int32_t(to_bits(x * kLog2E + kRound));
+    bits = bits < kOverflow ? bits : kOverflow;
+    const float n = from_bits(uint32_t(bits)) - kRound;
     const float r = (x - n * kLn2High) - n * kLn2Low;
-    float p = 1.9875691500e-4f;
-    p = p * r + 1.3981999507e-3f;
-    p = p * r + 8.3334519073e-3f;
-    p = p * r + 4.1665795894e-2f;
-    p = p * r + 1.6666665459e-1f;
-    p = p * r + 5.0000001201e-1f;
-    p = p * (r * r) + r + 1.0f;
-    const int32_t half = exponent >> 1;
-    const float first = from_bits(uint32_t(half + 127) << 23);
-    const float second = from_bits(uint32_t(exponent - half + 127) << 23);
-    return p * first * second;
+    float p = 1.384360716e-3f * r + 8.374195546e-3f;
+    p = p * r + 4.166800529e-2f;
+    p = p * r + 1.666643023e-1f;
+    p = p * r + 4.999999404e-1f;
+    p = p * r + 1.0f;
+    p = p * r + 1.0f;
+    return 2.0f * (p * from_bits(uint32_t(bits) << 23)) + 1.0f;
 #endif
 }
 
-TIM_HD float sigmoid(float x) { return 1.0f / (1.0f + exp(-x)); }
+TIM_HD float sigmoid(float x) { return 1.0f / one_plus_exp(-x); }
 
 }  // namespace tim::math
