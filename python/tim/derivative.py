@@ -1,0 +1,86 @@
+"""The network's time derivative dF = d/dt F(x_t, t, r) along a path: exact, or by differences."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from tim._passes import without_gradient
+from tim.transports import Transport
+
+
+@dataclass(frozen=True)
+class Network:
+    """A model as a function of times t and r [B]: (F, h), h None unless features are wanted."""
+
+    model: Callable
+    transport: Transport
+    with_features: bool = False
+
+    def __call__(self, x: Tensor, t: Tensor, r: Tensor, y: Tensor) -> tuple[Tensor, Tensor | None]:
+        times = self.transport.c_noise(t), self.transport.c_noise(r)
+        if self.with_features:
+            return self.model(x, *times, y, return_features=True)
+        return self.model(x, *times, y), None
+
+    def without_features(self) -> Network:
+        return Network(self.model, self.transport)
+
+    def derivative(
+        self, x: Tensor, t: Tensor, r: Tensor, y: Tensor, v: Tensor
+    ) -> tuple[Tensor, Tensor | None, Tensor]:
+        """F, h and dF with tangents (v, 1, 0) of (x, t, r)."""
+
+        def along_path(x: Tensor, t: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+            F, h = self(x, t, r, y)
+            return (F, h) if self.with_features else F
+
+        # func.jvp and not forward_ad.dual_level: the latter fails under FSDP2.
+        tangents = (v, torch.ones_like(t))
+        F, dF, *h = torch.func.jvp(along_path, (x, t), tangents, has_aux=self.with_features)
+        return F, h[0] if h else None, dF.detach()
+
+
+def exact_derivative(
+    network: Network, x_t: Tensor, t: Tensor, r: Tensor, y: Tensor, v: Tensor, n: int
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """F and h of the whole batch, with gradient, and dF along v [B - n, ...] of the samples from n.
+
+    One pass: the tangent rides along with the forward pass that the gradient needs. With activation
+    checkpointing two, because recomputation in the backward pass does not know of tangents.
+    """
+    tail = (x_t[n:], t[n:], r[n:], y[n:])
+    if recomputes_activations(network.model):
+        with without_gradient(x_t.device):
+            _, _, dF = network.without_features().derivative(*tail, v)
+        return *network(x_t, t, r, y), dF
+    F, h, dF = network.derivative(*tail, v)
+    if n == 0:
+        return F, h, dF
+    F_head, h_head = network(x_t[:n], t[:n], r[:n], y[:n])
+    return torch.cat([F_head, F]), None if h is None else torch.cat([h_head, h]), dF
+
+
+def central_pair(
+    network: Network, ahead: Tensor, behind: Tensor, t: Tensor, r: Tensor, y: Tensor, e: Tensor
+) -> tuple[Tensor, Tensor]:
+    """F at the states ``ahead`` (time t + e) and ``behind`` (t - e): one pass without gradient."""
+    with without_gradient(t.device):
+        F, _ = network.without_features()(
+            torch.cat([ahead, behind]),
+            torch.cat([t + e, t - e]),
+            torch.cat([r, r]),
+            torch.cat([y, y]),
+        )
+    ahead, behind = F.chunk(2)
+    return ahead, behind
+
+
+def recomputes_activations(model: Callable) -> bool:
+    """Whether the network, wrapped or not, has activation checkpointing switched on."""
+    modules = model.modules() if isinstance(model, nn.Module) else ()
+    flags = (vars(module).get("gradient_checkpointing") for module in modules)
+    return any(flags)
