@@ -1,0 +1,221 @@
+"""Sampling: from noise to data in any number of transitions."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from tim._passes import evaluating
+from tim.transports import FlowMatching, Transport
+
+SCHEDULES = ("linear", "shifted")
+
+
+@torch.no_grad()
+def sample(
+    model: Callable[..., Tensor],
+    y: Tensor,
+    noise: Tensor,
+    steps: int = 4,
+    *,
+    transport: Transport,
+    cfg_scale: float = 1.0,
+    cfg_interval: tuple[float, float] = (0.0, 1.0),
+    null: Tensor | None = None,
+    schedule: str | Sequence[float] | Tensor = "linear",
+    shift: float | None = None,
+    diffusion: bool = False,
+    stochasticity: float = 0.0,
+    generator: torch.Generator | None = None,
+    step_noise: Tensor | None = None,
+    return_trajectory: bool = False,
+    progress: bool = False,
+) -> Tensor:
+    """Carry ``noise`` from T_max to T_min: x_r = A(t, r) x_t + B(t, r) F(x_t, t, r) at every step.
+
+    The state is kept in float64 between steps; the model, in evaluation mode and without gradient,
+    is given it in the dtype of ``noise`` and the times c_noise(t), c_noise(r) in float32 or wider.
+
+    Args:
+        model: model(x, t, r, y) -> F.
+        y: labels [B] or caption features [B, M, K].
+        noise: [B, C, H, W] from N(0, I); the first state is sigma(T_max) noise, for ot_fm itself.
+        steps: number of network calls; ignored where ``schedule`` holds the times.
+        cfg_scale: guidance F = F_null + cfg_scale (F_cond - F_null), 1 for none. A guided step is
+            one call with twice the batch.
+        cfg_interval: (low, high), guided where low < t / T_max < high; so with high = 1 the first
+            step is never guided.
+        null: null labels or features, shaped like y; needed where cfg_scale > 1.
+        schedule: times of the steps. "linear": equal steps; "shifted": equal steps u in [0, 1]
+            mapped by `shift_time` and then onto [T_min, T_max]; or steps + 1 descending times.
+        shift: the s of a "shifted" schedule, see `resolution_shift`.
+        diffusion: give the model r = t, so that it predicts the instantaneous F, as a diffusion
+            model's sampler would. For comparison.
+        stochasticity: share of the predicted noise that a step replaces by fresh noise (ot_fm only;
+            never in the first and the last step).
+        generator: source of that noise, on the device of ``noise``.
+        step_noise: that noise itself, [steps - 2, B, C, H, W], one slice for each noisy step.
+        return_trajectory: return [steps + 1, B, C, H, W] with the first state in row 0.
+        progress: show a progress bar.
+
+    Returns:
+        The state at the last time, or the trajectory, in the dtype of ``noise``.
+
+    Raises:
+        TypeError, ValueError: an argument is of the wrong type, shape or range, or missing.
+
+    Source: arXiv 2509.04394 (transitions and resolution-dependent shift of the times).
+    """
+    _check(y, noise, transport, cfg_scale, cfg_interval, null, stochasticity)
+    times = _times(transport, steps, schedule, shift)
+    # The first and the last step are never noisy.
+    noisy = _noise_source(noise, max(len(times) - 3, 0), stochasticity, generator, step_noise)
+    # A step on an edge of the interval is outside it, whatever the rounding of its time.
+    low, high = cfg_interval[0] + 1e-9, cfg_interval[1] - 1e-9
+    time_dtype = torch.promote_types(noise.dtype, torch.float32)
+
+    def predict(x: Tensor, t: Tensor, r: Tensor) -> Tensor:
+        guided = cfg_scale > 1 and low < t / transport.T_max < high
+        x, condition = x.to(noise.dtype), y
+        if guided:
+            x, condition = torch.cat([x, x]), torch.cat([y, null.to(y)])
+        c_t, c_r = (
+            torch.full((len(x),), transport.c_noise(time).item(), dtype=time_dtype, device=x.device)
+            for time in (t, t if diffusion else r)
+        )
+        F = model(x, c_t, c_r, condition).double()
+        if guided:
+            F_cond, F_null = F.chunk(2)
+            F = F_null + cfg_scale * (F_cond - F_null)
+        return F
+
+    T_max = torch.tensor(transport.T_max, dtype=torch.float64)
+    x = noise.double() * transport.interpolant(T_max)[1]
+    states = [x.to(noise.dtype)]
+    with evaluating(model):
+        # Times stay on the CPU: choosing what to do at a step never waits for the device.
+        for i in _progress(range(len(times) - 1), progress):
+            t, r = times[i], times[i + 1]
+            F = predict(x, t, r)
+            if stochasticity > 0 and 0 < i < len(times) - 2:
+                x = transport.stochastic_step(x, t, r, F, stochasticity, next(noisy).double())
+            else:
+                x = transport.step(x, t, r, F)
+            if return_trajectory:
+                states.append(x.to(noise.dtype))
+    return torch.stack(states) if return_trajectory else x.to(noise.dtype)
+
+
+def shift_time(u: Tensor | float, shift: float) -> Tensor | float:
+    """s u / (1 + (s - 1) u): moves steps towards noise for s > 1, as large images need."""
+    return shift * u / (1 + (shift - 1) * u)
+
+
+def resolution_shift(tokens: int, base_tokens: int = 1024) -> float:
+    """The s of `shift_time` for images of so many tokens: sqrt(tokens / base_tokens).
+
+    ``base_tokens`` is the number of tokens of a 1024 x 1024 image: 1024 with an autoencoder that
+    shrinks 32 times and patches of 1, as the text model has; 4096 with 8 times and patches of 2.
+    """
+    if tokens < 1 or base_tokens < 1:
+        raise ValueError(f"tokens and base_tokens must be positive, got {tokens}, {base_tokens}")
+    return math.sqrt(tokens / base_tokens)
+
+
+def _times(
+    transport: Transport, steps: int, schedule: str | Sequence[float] | Tensor, shift: float | None
+) -> Tensor:
+    """[steps + 1] descending times, float64 on the CPU."""
+    if not isinstance(schedule, str):
+        if shift is not None:
+            raise ValueError("shift needs schedule='shifted', got a schedule of explicit times")
+        times = torch.as_tensor(schedule, dtype=torch.float64, device="cpu")
+        if times.dim() != 1 or len(times) < 2:
+            raise ValueError(f"schedule must have shape [steps + 1], got {list(times.shape)}")
+        inside = transport.T_min <= times[-1] and times[0] <= transport.T_max
+        if not (inside and (times[1:] < times[:-1]).all()):
+            raise ValueError(
+                f"schedule must descend within [{transport.T_min:g}, {transport.T_max:g}], "
+                f"got {times.tolist()}"
+            )
+        return times
+    if schedule not in SCHEDULES:
+        known = ", ".join(repr(name) for name in SCHEDULES)
+        raise ValueError(f"schedule must be {known} or times, got {schedule!r}")
+    if isinstance(steps, bool) or not isinstance(steps, int):
+        raise TypeError(f"steps must be an integer, got {steps!r}")
+    if steps < 1:
+        raise ValueError(f"steps must be at least 1, got {steps}")
+    if (schedule == "shifted") != (shift is not None):
+        raise ValueError(f"shift and schedule='shifted' go together, got {schedule!r}, {shift}")
+    if schedule == "linear":
+        return torch.linspace(transport.T_max, transport.T_min, steps + 1, dtype=torch.float64)
+    if not shift > 0:
+        raise ValueError(f"shift must be positive, got {shift}")
+    u = shift_time(torch.linspace(1, 0, steps + 1, dtype=torch.float64), shift)
+    return transport.T_min + (transport.T_max - transport.T_min) * u
+
+
+def _noise_source(
+    noise: Tensor,
+    count: int,
+    stochasticity: float,
+    generator: torch.Generator | None,
+    step_noise: Tensor | None,
+) -> Iterator[Tensor]:
+    """Fresh noise [B, C, H, W] for each of ``count`` noisy steps."""
+    shape = (count, *noise.shape)
+    if step_noise is None:
+        options = {"dtype": noise.dtype, "device": noise.device, "generator": generator}
+        return (torch.randn(noise.shape, **options) for _ in range(count))
+    if stochasticity == 0:
+        raise ValueError("step_noise needs stochasticity > 0, got 0")
+    if step_noise.shape != shape:
+        raise ValueError(f"step_noise must have shape {list(shape)}, got {list(step_noise.shape)}")
+    return iter(step_noise)
+
+
+def _progress(indices: range, show: bool) -> Iterable[int]:
+    if not show:
+        return indices
+    from rich.progress import track
+
+    return track(indices, description="sampling")
+
+
+def _check(
+    y: Tensor,
+    noise: Tensor,
+    transport: Transport,
+    cfg_scale: float,
+    cfg_interval: tuple[float, float],
+    null: Tensor | None,
+    stochasticity: float,
+) -> None:
+    if not isinstance(transport, Transport):
+        raise TypeError(f"transport must be a Transport (tim.transports.get), got {transport!r}")
+    for name, value in (("y", y), ("noise", noise)):
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
+    if noise.dim() != 4:
+        raise ValueError(f"noise must have shape [B, C, H, W], got {list(noise.shape)}")
+    if not noise.dtype.is_floating_point:
+        raise TypeError(f"noise must have a floating-point dtype, got {noise.dtype}")
+    if y.dim() == 0 or len(y) != len(noise):
+        raise ValueError(f"y must have B = {len(noise)} rows, got shape {list(y.shape)}")
+    if not cfg_scale >= 1:
+        raise ValueError(f"cfg_scale must be at least 1 (no guidance), got {cfg_scale}")
+    low, high = cfg_interval
+    if not low <= high:
+        raise ValueError(f"cfg_interval must be (low, high) with low <= high, got {cfg_interval}")
+    if cfg_scale > 1 and null is None:
+        raise ValueError(f"cfg_scale {cfg_scale} needs null, the null labels or features, got None")
+    if null is not None and null.shape != y.shape:
+        raise ValueError(f"null must have the shape of y, {list(y.shape)}, got {list(null.shape)}")
+    if not 0 <= stochasticity <= 1:
+        raise ValueError(f"stochasticity must be in [0, 1], got {stochasticity}")
+    if stochasticity > 0 and not isinstance(transport, FlowMatching):
+        raise ValueError(f"stochasticity needs transport ot_fm, got {transport.name}")
