@@ -1,0 +1,67 @@
+"""The rules of the layout, checked: one name per operation in every place, imports point down."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+import tim
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = Path(tim.__file__).parent
+PLACES = {
+    "math": "csrc/math/{}.h",
+    "cpu": "csrc/cpu/{}.cpp",
+    "cuda": "csrc/cuda/{}.cu",
+    "ops": "python/tim/ops/{}.py",
+    "tests": "tests/ops/test_{}.py",
+    "benchmarks": "benchmarks/bench_{}.py",
+}
+#: Attention is PyTorch's with a tiled tangent until it has kernels of its own.
+WITHOUT_KERNELS = {"attention"}
+#: Layers of DESIGN, lowest first; a module may import from its own layer and those below it.
+LAYERS = ("_extension", "ops", "models", "transports", "objective", "sampler", "trainer", "cli")
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("name", tim.ops.available())
+def test_every_operation_is_in_every_place(name, place):
+    path = ROOT / PLACES[place].format(name)
+    if name in WITHOUT_KERNELS and place in ("math", "cpu", "cuda"):
+        assert not path.exists(), f"{name} has kernels now: take it off WITHOUT_KERNELS"
+    else:
+        assert path.is_file(), f"{name} is missing at {path.relative_to(ROOT)}"
+
+
+def imported(path: Path) -> set[str]:
+    """Names of the modules of tim that a file imports at its top level, functions left out."""
+    found = set()
+    for node in ast.parse(path.read_text()).body:
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("tim"):
+            parts = node.module.split(".")
+            found |= {parts[1]} if len(parts) > 1 else {alias.name for alias in node.names}
+        elif isinstance(node, ast.Import):
+            found |= {
+                alias.name.split(".")[1] for alias in node.names if alias.name.startswith("tim.")
+            }
+    return found
+
+
+@pytest.mark.parametrize("layer", range(len(LAYERS)), ids=lambda i: LAYERS[i])
+def test_imports_point_down(layer):
+    name = LAYERS[layer]
+    single = PACKAGE / f"{name}.py"
+    files = [single] if single.is_file() else sorted((PACKAGE / name).glob("*.py"))
+    assert files
+    above = set(LAYERS[layer + 1 :])
+    for path in files:
+        assert not imported(path) & above, f"{path.name} imports from a layer above it"
+
+
+def test_only_the_operations_touch_the_extension():
+    allowed = {"_extension.py", "info.py"}
+    for path in PACKAGE.rglob("*.py"):
+        if path.parent.name == "ops" or path.name in allowed:
+            continue
+        source = path.read_text()
+        assert "_extension" not in imported(path) and "tim._C" not in source, path
