@@ -1,26 +1,16 @@
 #include "../math/swiglu.h"
 
 #include "kernel.h"
+#include "rows.h"
 
 namespace tim::cpu::TIM_ISA {
 namespace {
 
 template <class T>
-struct Rows {
-    const T* data;
-    int64_t stride;
-};
-
-template <class T>
-const T* at(Rows<T> rows, int64_t row, int64_t col) {
-    return rows.data + row * rows.stride + col;
-}
-
-template <class T>
 void forward(Rows<T> gates, Rows<T> ups, T* outs, int64_t rows, int64_t cols, int64_t threads) {
     parallel_pieces(rows, cols, threads, [=](int64_t row, int64_t begin, int64_t end) {
-        const T* gate = at(gates, row, begin);
-        const T* up = at(ups, row, begin);
+        const T* gate = row_of(gates, row) + begin;
+        const T* up = row_of(ups, row) + begin;
         T* out = outs + row * cols + begin;
 #pragma omp simd
         for (int64_t i = 0; i < end - begin; ++i)
@@ -32,8 +22,8 @@ template <class T>
 void backward(const T* grads, Rows<T> gates, Rows<T> ups, T* dgates, T* dups, int64_t rows,
               int64_t cols, int64_t threads) {
     parallel_pieces(rows, cols, threads, [=](int64_t row, int64_t begin, int64_t end) {
-        const T* gate = at(gates, row, begin);
-        const T* up = at(ups, row, begin);
+        const T* gate = row_of(gates, row) + begin;
+        const T* up = row_of(ups, row) + begin;
         const T* grad = grads + row * cols + begin;
         T* dgate = dgates + row * cols + begin;
         T* dup = dups + row * cols + begin;
@@ -57,10 +47,10 @@ template <class T>
 void tangent(Rows<T> gates, Rows<T> ups, Rows<T> tgates, Rows<T> tups, T* outs, T* touts,
              int64_t rows, int64_t cols, int64_t threads) {
     parallel_pieces(rows, cols, threads, [=](int64_t row, int64_t begin, int64_t end) {
-        const T* gate = at(gates, row, begin);
-        const T* up = at(ups, row, begin);
-        const T* tgate = tgates.data == nullptr ? nullptr : at(tgates, row, begin);
-        const T* tup = tups.data == nullptr ? nullptr : at(tups, row, begin);
+        const T* gate = row_of(gates, row) + begin;
+        const T* up = row_of(ups, row) + begin;
+        const T* tgate = tgates.data == nullptr ? nullptr : row_of(tgates, row) + begin;
+        const T* tup = tups.data == nullptr ? nullptr : row_of(tups, row) + begin;
         T* out = outs + row * cols + begin;
         T* tout = touts + row * cols + begin;
 #pragma omp simd
@@ -74,17 +64,12 @@ void tangent(Rows<T> gates, Rows<T> ups, Rows<T> tgates, Rows<T> tups, T* outs, 
     });
 }
 
-template <class T>
-Rows<T> matrix(const void* data, int64_t stride) {
-    return {static_cast<const T*>(data), stride};
-}
-
 void swiglu(const void* gate, int64_t gate_stride, const void* up, int64_t up_stride, void* out,
             int64_t rows, int64_t cols, int dtype, int64_t where) {
     with_dtype(dtype, [&](auto type) {
         using T = decltype(type);
-        forward<T>(matrix<T>(gate, gate_stride), matrix<T>(up, up_stride), static_cast<T*>(out),
-                   rows, cols, where);
+        forward<T>(make_rows<T>(gate, gate_stride), make_rows<T>(up, up_stride),
+                   static_cast<T*>(out), rows, cols, where);
     });
 }
 
@@ -93,8 +78,8 @@ void swiglu_backward(const void* grad, const void* gate, int64_t gate_stride, co
                      int dtype, int64_t where) {
     with_dtype(dtype, [&](auto type) {
         using T = decltype(type);
-        backward<T>(static_cast<const T*>(grad), matrix<T>(gate, gate_stride),
-                    matrix<T>(up, up_stride), static_cast<T*>(dgate), static_cast<T*>(dup), rows,
+        backward<T>(static_cast<const T*>(grad), make_rows<T>(gate, gate_stride),
+                    make_rows<T>(up, up_stride), static_cast<T*>(dgate), static_cast<T*>(dup), rows,
                     cols, where);
     });
 }
@@ -104,9 +89,9 @@ void swiglu_tangent(const void* gate, int64_t gate_stride, const void* up, int64
                     void* out, void* tout, int64_t rows, int64_t cols, int dtype, int64_t where) {
     with_dtype(dtype, [&](auto type) {
         using T = decltype(type);
-        tangent<T>(matrix<T>(gate, gate_stride), matrix<T>(up, up_stride),
-                   matrix<T>(tgate, tgate_stride), matrix<T>(tup, tup_stride), static_cast<T*>(out),
-                   static_cast<T*>(tout), rows, cols, where);
+        tangent<T>(make_rows<T>(gate, gate_stride), make_rows<T>(up, up_stride),
+                   make_rows<T>(tgate, tgate_stride), make_rows<T>(tup, tup_stride),
+                   static_cast<T*>(out), static_cast<T*>(tout), rows, cols, where);
     });
 }
 

@@ -1,0 +1,55 @@
+// Rows of numbers, and passes over rows that lie in the first-level cache.
+#pragma once
+
+#include "kernel.h"
+
+namespace tim::cpu::TIM_ISA {
+namespace {
+
+// Equally spaced rows; stride 0 repeats the same row.
+template <class T>
+struct Rows {
+    const T* data;
+    int64_t stride;
+};
+
+template <class T>
+const T* row_of(Rows<T> rows, int64_t index) {
+    return rows.data + index * rows.stride;
+}
+
+template <class T>
+Rows<T> make_rows(const void* data, int64_t stride) {
+    return {static_cast<const T*>(data), stride};
+}
+
+// Sum of (x - mean)^2: a second pass over the row, as E[x^2] - E[x]^2 would cancel.
+inline float centred_squares(const float* x, int64_t n, float mean) {
+    float sum = 0.0f;
+#pragma omp simd reduction(+ : sum)
+    for (int64_t i = 0; i < n; ++i) {
+        const float d = x[i] - mean;
+        sum += d * d;
+    }
+    return sum;
+}
+
+// y += x
+inline void accumulate(float* y, const float* x, int64_t n) {
+#pragma omp simd
+    for (int64_t i = 0; i < n; ++i) y[i] += x[i];
+}
+
+inline void fill_zero(float* y, int64_t n) {
+#pragma omp simd
+    for (int64_t i = 0; i < n; ++i) y[i] = 0.0f;
+}
+
+template <class T>
+void convert(T* out, const float* x, int64_t n) {
+#pragma omp simd
+    for (int64_t i = 0; i < n; ++i) store(out + i, x[i]);
+}
+
+}  // namespace
+}  // namespace tim::cpu::TIM_ISA
