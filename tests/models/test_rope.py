@@ -1,5 +1,6 @@
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from golden_files import golden, relative_error
 from tim.models.rope import rope_tables
@@ -55,6 +56,18 @@ def test_is_part_of_the_graph_under_compile():
         lambda x: x + rope_tables(3, 4, 8)[0], backend="aot_eager", fullgraph=True
     )
     torch.testing.assert_close(compiled(torch.zeros(12, 8)), rope_tables(3, 4, 8)[0])
+
+
+def test_fake_tensors_stay_out_of_the_cache():
+    """Memory estimators run networks on fake tensors, before or after a real pass."""
+    with FakeTensorMode():
+        fake = rope_tables(3, 11, 8)[0]
+    real = rope_tables(3, 11, 8)[0]
+    with FakeTensorMode():
+        again = rope_tables(3, 11, 8)[0]
+    assert isinstance(fake, FakeTensor)
+    assert isinstance(again, FakeTensor)
+    assert not isinstance(real, FakeTensor)
 
 
 def test_meta_device():

@@ -270,11 +270,11 @@ def test_latents_and_captions_take_the_dtype_of_the_parameters():
 
 
 @pytest.mark.parametrize(
-    ("config", "checkpointing"),
-    [(LABELS, False), (LABELS, True), (CAPTIONS, False)],
+    ("config", "checkpointing", "backend"),
+    [(LABELS, False, "aot_eager"), (LABELS, True, "eager"), (CAPTIONS, False, "eager")],
     ids=["labels", "checkpointed", "captions"],
 )
-def test_compiles_to_one_graph(config, checkpointing):
+def test_compiles_to_one_graph(config, checkpointing, backend):
     model = network(dataclasses.replace(config, depth=1, encoder_depth=1))
     model.gradient_checkpointing = checkpointing
     inputs = arguments(config)
@@ -285,7 +285,7 @@ def test_compiles_to_one_graph(config, checkpointing):
         out.square().sum().backward()
         return out, [p.grad for p in model.parameters() if p.grad is not None]
 
-    compiled = run(torch.compile(model, fullgraph=True, backend="aot_eager"))
+    compiled = run(torch.compile(model, fullgraph=True, backend=backend))
     torch.testing.assert_close(compiled, run(model))
 
 

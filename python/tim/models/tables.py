@@ -9,13 +9,14 @@ from collections.abc import Callable
 from typing import TypeVar
 
 import torch
+from torch._guards import detect_fake_mode
 
 T = TypeVar("T")
 
 
 def cached(build: Callable[..., T], *key: object) -> T:
-    """build(*key), remembered. Under torch.compile it becomes a part of the graph instead."""
-    if torch.compiler.is_compiling():
+    """build(*key), remembered. Tracers and fake tensors get their own, as part of the graph."""
+    if torch.compiler.is_compiling() or detect_fake_mode() is not None:
         return build(*key)
     return _cached(build, *key)
 
