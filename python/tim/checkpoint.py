@@ -108,6 +108,13 @@ def load_weights(model: nn.Module, path: Path) -> None:
         raise ValueError(f"{path} does not fit the model: {' '.join(str(error).split())}") from None
 
 
+def seed_everything(seed: int) -> None:
+    """Seed the global generators of Python, NumPy and PyTorch (all devices)."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
 def random_states() -> dict[str, Any]:
     """States of all global generators, in a form that `torch.load(weights_only=True)` reads."""
     kind, keys, position, has_gauss, gauss = np.random.get_state()

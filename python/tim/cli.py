@@ -103,10 +103,13 @@ def parse(cls: type[T] | Callable[..., T], prog: str, arguments: list[str], **op
 
 
 def _one_line(box: str) -> str:
-    """The message inside a box of tyro's: no headline, no help texts, at most one suggestion."""
-    lines = [re.sub(r"^│ ?|\s*│$", "", line) for line in box.splitlines()]
-    message, *notes = re.split(r"\n─+\n", "\n".join(lines).strip("\n"))
-    parts = [re.sub(r"^╭.*\n", "", message)]
-    parts += [note for note in notes if note.startswith(("Perhaps", "Arguments similar"))]
+    """The message inside a box of tyro's: no headline, no help texts, only suggestions of flags.
+
+    The box is drawn with lines where stdout is UTF-8, and with blanks and dashes elsewhere.
+    """
+    lines = [re.sub(r"^(│| ) |\s*│?$", "", line) for line in box.splitlines()]
+    sections = re.split(r"^ ?[─-]{5,}$|^[╭╰].*$", "\n".join(lines), flags=re.MULTILINE)
+    message, *notes = [text.strip("\n") for text in sections if text.strip()][box[0] != "╭" :]
+    parts = [message, *(n for n in notes if n.startswith(("Perhaps", "Arguments similar")))]
     # Help texts of options are set in by eight blanks.
     return " ".join(re.sub(r"\n {8}.*", "", ". ".join(parts)).split())

@@ -24,6 +24,7 @@ from tim.checkpoint import (
     random_states,
     remove_leftovers,
     save_checkpoint,
+    seed_everything,
     set_random_states,
 )
 from tim.config import RunConfig, TrainConfig, differences
@@ -85,7 +86,7 @@ class Trainer:
         self.config, self.encoder = config, encoder
         train = config.train
         self.device = pick_device(train.device)
-        torch.manual_seed(train.seed)
+        seed_everything(train.seed)
         self.model = TiM(config.model).to(self.device)
         self.model.gradient_checkpointing = train.gradient_checkpointing
         self.ema = EMA(self.model)

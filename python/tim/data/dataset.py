@@ -51,7 +51,7 @@ class ArrayDataset(Dataset):
     """Images [N, C, H, W] in memory: uint8 pixels, or floats that are passed on as they are."""
 
     def __init__(self, images: np.ndarray, labels: np.ndarray, num_classes: int, flip: float = 0.0):
-        self.images = torch.from_numpy(np.ascontiguousarray(images))
+        self.images = torch.from_numpy(np.require(images, requirements="CW"))
         self.labels = torch.from_numpy(labels.astype(np.int64))
         self.shape = tuple(self.images.shape[1:])  # type: ignore[assignment]
         self.num_classes = num_classes

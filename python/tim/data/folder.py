@@ -126,16 +126,15 @@ def load_image(path: str | Path, size: int, channels: int = 3) -> np.ndarray:
     Raises whatever Pillow raises for a file that is no complete image.
     """
     with Image.open(path) as image:
-        # JPEG decoders can halve the size while decoding; twice the target is left for a clean
-        # resize.
+        # JPEG decoders can shrink while decoding; twice the target is left for a clean resize.
         image.draft(None, (2 * size, 2 * size))
         image = ImageOps.exif_transpose(image)
-        image = _flatten(image).convert("L" if channels == 1 else "RGB")
-    side = min(image.size)
-    left, top = (image.width - side) / 2, (image.height - side) / 2
-    box = (left, top, left + side, top + side)
-    image = image.resize((size, size), Image.Resampling.LANCZOS, box=box, reducing_gap=3.0)
-    return np.asarray(image).reshape(size, size, channels).transpose(2, 0, 1)
+        side = min(image.size)
+        left, top = (image.width - side) // 2, (image.height - side) // 2
+        square = image.crop((left, top, left + side, top + side))
+    square = _flatten(square).convert("L" if channels == 1 else "RGB")
+    square = square.resize((size, size), Image.Resampling.LANCZOS, reducing_gap=3.0)
+    return np.asarray(square).reshape(size, size, channels).transpose(2, 0, 1)
 
 
 def _flatten(image: Image.Image) -> Image.Image:

@@ -1,0 +1,44 @@
+"""`tim info`."""
+
+import torch
+
+import tim.info as info
+from tim import _extension, ops
+
+
+def test_facts_name_versions_threads_and_the_extension(capsys) -> None:
+    assert info.main([]) == 0
+    told = capsys.readouterr().out
+    assert torch.__version__ in told and "safetensors" in told and "processors" in told
+    assert ("built by" in told) == (_extension.C is not None)
+
+
+def test_a_missing_extension_is_explained(monkeypatch) -> None:
+    monkeypatch.setattr(_extension, "C", None)
+    monkeypatch.setattr(_extension, "REASON", "no such module")
+    monkeypatch.setattr(
+        _extension, "build_info", lambda: {"reason": "no C++ compiler", "remedy": "install g++"}
+    )
+    facts = dict(info.facts())
+    assert facts["extension"] == "not built: no C++ compiler"
+    assert facts["to get it"] == "install g++"
+    monkeypatch.setattr(_extension, "build_info", dict)
+    facts = dict(info.facts())
+    assert facts["extension"] == "not built: no such module"
+    assert "pip install ." in facts["to get it"]
+
+
+def test_operations_are_listed_with_what_runs_them(capsys) -> None:
+    rows = {name: backends for name, *backends in info.operations()}
+    assert rows.keys() == ops.available().keys()
+    for name, devices in ops.available().items():
+        for device, told in zip(("cpu", "cuda"), rows[name], strict=True):
+            assert (told == "kernel") == (device in devices), (name, device, told)
+    assert info.main(["--ops"]) == 0
+    told = capsys.readouterr().out
+    assert all(name in told for name in rows)
+
+
+def test_operations_without_the_extension(monkeypatch) -> None:
+    monkeypatch.setattr(_extension, "C", None)
+    assert all("not built" in told for _, *backends in info.operations() for told in backends)
