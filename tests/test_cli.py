@@ -75,28 +75,28 @@ def same_values(a: object, b: object) -> bool:
 
 
 def test_a_killed_run_resumes_bit_for_bit(tmp_path) -> None:
-    flags = [*TINY, "--train.steps", 160, "--train.checkpoint-every", 60, "--train.log-every", 1]
+    flags = [*TINY, "--train.steps", 60, "--train.checkpoint-every", 20, "--train.log-every", 1]
     whole = start("train", "digits", "--run", tmp_path / "whole", *flags)
     run = tmp_path / "killed"
     process = start("train", "digits", "--run", run, *flags)
-    while not (run / "log.jsonl").exists() or len(denoising(run)) < 70:
+    while not (run / "log.jsonl").exists() or len(denoising(run)) < 25:
         assert process.poll() is None, finish(process).stderr
         time.sleep(0.002)
     process.send_signal(signal.SIGKILL)
     assert finish(process).returncode == -signal.SIGKILL
-    assert [path.name for path in checkpoints(run / "checkpoints")] == ["00000060"]
-    assert 70 <= denoising(run)[-1][0] < 120
+    newest = int(checkpoints(run / "checkpoints")[-1].name)
+    assert newest in (20, 40) and len(denoising(run)) < 60
 
     done = finish(start("train", "digits", "--run", run, "--resume"))
     assert done.returncode == 0, done.stderr
-    assert "resuming at step 60" in done.stderr
+    assert f"resuming at step {newest}" in done.stderr
     assert finish(whole).returncode == 0
-    last = [tmp_path / name / "checkpoints" / "00000160" for name in ("whole", "killed")]
+    last = [tmp_path / name / "checkpoints" / "00000060" for name in ("whole", "killed")]
     for file in ("model.safetensors", "ema.safetensors"):
         assert same_values(*(load_file(path / file) for path in last)), file
     assert same_values(*(torch.load(path / "state.pt", weights_only=True) for path in last))
     assert denoising(tmp_path / "whole") == denoising(run)
-    assert len(denoising(run)) == 160
+    assert len(denoising(run)) == 60
 
 
 def told(capsys: pytest.CaptureFixture, *arguments: object) -> str:
