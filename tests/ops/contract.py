@@ -204,8 +204,8 @@ class Tangent(OpContract):
             plain = self.run(self.op, inputs)
         self.assert_tangents(t_out, inputs, tangents)
         for with_tangent, without in zip(out, plain, strict=True):
-            tolerance = torch.finfo(without.dtype).eps
-            torch.testing.assert_close(with_tangent, without, rtol=tolerance, atol=4 * tolerance)
+            ulps = 4 * torch.finfo(without.dtype).eps
+            torch.testing.assert_close(with_tangent, without, rtol=ulps, atol=ulps)
 
     def test_tangent_of_each_input_alone(self, path) -> None:
         device = self.skip_unless(path, torch.float32)

@@ -9,6 +9,7 @@ Two rules keep this package's worst bug, a silent zero tangent, out:
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -31,6 +32,11 @@ library = torch.library.Library("tim", "DEF")
 _kernels_enabled = os.environ.get("TIM_KERNELS", "auto").lower() != "off"
 
 
+@functools.cache
+def has_kernel(name: str, device_type: str) -> bool:
+    return hasattr(_extension.kernels(device_type), name)
+
+
 @contextmanager
 def reference_only() -> Iterator[None]:
     """Run every operation's PyTorch reference inside this context, as `TIM_KERNELS=off` does."""
@@ -44,11 +50,7 @@ def reference_only() -> Iterator[None]:
 
 def backends(name: str) -> tuple[str, ...]:
     """Device types for which the extension holds kernels of operation `name`."""
-    return tuple(
-        device
-        for device in ("cpu", "cuda")
-        if hasattr(_extension.kernels(device) or object(), name)
-    )
+    return tuple(device for device in ("cpu", "cuda") if has_kernel(name, device))
 
 
 def why_not(name: str, *tensors: Tensor) -> str | None:
@@ -61,7 +63,7 @@ def why_not(name: str, *tensors: Tensor) -> str | None:
     first = tensors[0]
     device = first.device.type
     dtype = first.dtype
-    if not hasattr(_extension.kernels(device) or object(), name):
+    if not has_kernel(name, device):
         return _extension.REASON or f"the extension has no {device} kernel for {name}"
     if dtype not in KERNEL_DTYPES[device]:
         return f"{device} kernels take {_names(KERNEL_DTYPES[device])}, got {dtype}"
@@ -77,15 +79,25 @@ def _names(dtypes: Sequence[torch.dtype]) -> str:
     return ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
 
 
+@functools.cache
+def _kernel(name: str, device_type: str) -> Callable:
+    return getattr(_extension.kernels(device_type), name)
+
+
 def launch(name: str, anchor: Tensor, *arguments: object) -> None:
     """Call kernel `name` on the device of `anchor`: torch's threads, or its current stream."""
-    kernels = _extension.kernels(anchor.device.type)
-    if anchor.device.type == "cpu":
-        getattr(kernels, name)(*arguments, torch.get_num_threads())
+    device = anchor.device
+    kernel = _kernel(name, device.type)
+    if device.type == "cpu":
+        kernel(*arguments, torch.get_num_threads())
     else:
-        with torch.cuda.device(anchor.device):
-            stream = torch.cuda.current_stream().cuda_stream
-            getattr(kernels, name)(*arguments, stream)
+        with torch.cuda.device(device):
+            kernel(*arguments, torch.cuda.current_stream().cuda_stream)
+
+
+def empty_like(tensor: Tensor) -> Tensor:
+    """Uninitialised and contiguous, whatever the strides of `tensor`."""
+    return torch.empty_like(tensor, memory_format=torch.contiguous_format)
 
 
 def pointer(tensor: Tensor | None) -> int:
@@ -151,6 +163,8 @@ def register(
     """
     name = schema.split("(", 1)[0]
     library.define(schema)
+    # Kernels run below the compiler: without this, dynamo traces the body of an opaque operation.
+    implementation = torch._disable_dynamo(implementation)
     library.impl(name, implementation, "CPU")
     library.impl(name, implementation, "CUDA")
     torch.library.register_fake(f"tim::{name}", fake, lib=library)

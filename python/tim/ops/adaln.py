@@ -108,10 +108,6 @@ def _stride(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.stride(0)
 
 
-def _empty(x: Tensor) -> Tensor:
-    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
-
-
 def _row_statistics(x: Tensor) -> Tensor:
     return torch.empty(x.shape[:2], dtype=torch.float32, device=x.device)
 
@@ -131,8 +127,8 @@ def _run_forward(
 ) -> tuple:
     x, y = x.contiguous(), _contiguous(y)
     gate, shift, scale = _rows(gate), _rows(shift), _rows(scale)
-    h = None if y is None else _empty(x)
-    out, mean, rstd = _empty(x), _row_statistics(x), _row_statistics(x)
+    h = None if y is None else dispatch.empty_like(x)
+    out, mean, rstd = dispatch.empty_like(x), _row_statistics(x), _row_statistics(x)
     if x.numel():
         pointers = map(dispatch.pointer, (x, y, gate, shift, scale, h, out, mean, rstd))
         dispatch.launch(
@@ -178,8 +174,13 @@ def _run_tangent(primals: tuple, tangents: tuple, eps: float) -> tuple:
     x, y = map(_contiguous, primals[:2])
     t_x, t_y = map(_contiguous, tangents[:2])
     modulation, t_modulation = [*map(_rows, primals[2:])], [*map(_rows, tangents[2:])]
-    h, t_h = (None, None) if y is None else (_empty(x), _empty(x))
-    out, t_out, mean, rstd = _empty(x), _empty(x), _row_statistics(x), _row_statistics(x)
+    h, t_h = (None, None) if y is None else (dispatch.empty_like(x), dispatch.empty_like(x))
+    out, t_out, mean, rstd = (
+        dispatch.empty_like(x),
+        dispatch.empty_like(x),
+        _row_statistics(x),
+        _row_statistics(x),
+    )
     if x.numel():
         inputs = (x, y, *modulation, t_x, t_y, *t_modulation)
         outputs = (h, out, t_h, t_out, mean, rstd)
@@ -225,7 +226,7 @@ def _run_backward(
 ) -> tuple:
     grad, grad_h, h, y = map(_contiguous, (grad, grad_h, h, y))
     gate, scale = _rows(gate), _rows(scale)
-    d_x, d_y = _empty(h), None if y is None else _empty(h)
+    d_x, d_y = dispatch.empty_like(h), None if y is None else dispatch.empty_like(h)
     modulation = (h.shape[0], 1, h.shape[2])
     make = torch.empty if h.numel() else torch.zeros
     d_gate, d_shift, d_scale = (
@@ -287,7 +288,7 @@ def _fakes(count: int):
     """Fake of an operation with `count` outputs shaped like x, then mean and rstd."""
 
     def fake(x: Tensor, *_: object) -> tuple[Tensor, ...]:
-        outputs = tuple(_empty(x) for _ in range(count))
+        outputs = tuple(dispatch.empty_like(x) for _ in range(count))
         return (*outputs, _row_statistics(x), _row_statistics(x))
 
     return fake
@@ -297,12 +298,16 @@ def _backward_fake(
     grad: Tensor, x: Tensor, scale: Tensor, mean: Tensor, rstd: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     modulation = x.new_empty((x.shape[0], 1, x.shape[2]))
-    return _empty(x), modulation, torch.empty_like(modulation)
+    return dispatch.empty_like(x), modulation, torch.empty_like(modulation)
 
 
 def _gated_backward_fake(grad: Tensor, grad_h: Tensor, h: Tensor, *_: object) -> tuple[Tensor, ...]:
     modulation = (h.shape[0], 1, h.shape[2])
-    return (_empty(h), _empty(h), *(h.new_empty(modulation) for _ in range(3)))
+    return (
+        dispatch.empty_like(h),
+        dispatch.empty_like(h),
+        *(h.new_empty(modulation) for _ in range(3)),
+    )
 
 
 _adaln = dispatch.register(

@@ -182,7 +182,7 @@ def _tile(q, k, v, out, t_q, t_k, t_v, scale: float) -> Tensor:
 
 
 def _fake(q: Tensor, *_: object) -> Tensor:
-    return torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    return dispatch.empty_like(q)
 
 
 _attention_tangent = dispatch.register(

@@ -153,7 +153,7 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     gradients = [gradient.contiguous() for gradient in (g_q, g_k, g_v)]
     qkv, tables = _packed(qkv), _float32(q_weight, k_weight, cos, sin)
-    d_qkv = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
+    d_qkv = dispatch.empty_like(qkv)
     make = torch.empty if qkv.numel() else torch.zeros
     d_parameters = [make(qkv.shape[-1], dtype=torch.float32, device=qkv.device) for _ in range(4)]
     if qkv.numel():
@@ -207,7 +207,7 @@ def _tangent_fake(qkv: Tensor, *_: object) -> tuple[Tensor, ...]:
 def _backward_fake(
     g_q: Tensor, g_k: Tensor, g_v: Tensor, qkv: Tensor, *_: object
 ) -> tuple[Tensor, ...]:
-    d_qkv = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
+    d_qkv = dispatch.empty_like(qkv)
     return (d_qkv, *(qkv.new_empty(qkv.shape[-1], dtype=torch.float32) for _ in range(4)))
 
 

@@ -47,7 +47,10 @@ def _rows(tensor: Tensor | None) -> Tensor | None:
     """[rows, M] view with unit column stride; copies only where no such view exists."""
     if tensor is None:
         return None
-    rows = tensor.reshape(-1, tensor.shape[-1]) if tensor.dim() else tensor.reshape(1, 1)
+    if tensor.dim() == 2:
+        rows = tensor
+    else:
+        rows = tensor.reshape(-1, tensor.shape[-1]) if tensor.dim() else tensor.reshape(1, 1)
     return rows if rows.stride(-1) == 1 else rows.contiguous()
 
 
@@ -61,7 +64,7 @@ def _operands(*rows: Tensor | None) -> tuple[int, ...]:
 
 
 def _forward(gate: Tensor, up: Tensor) -> Tensor:
-    out = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
+    out = dispatch.empty_like(gate)
     if out.numel():
         g, u = _rows(gate), _rows(up)
         code = dispatch.DTYPE_CODES[gate.dtype]
@@ -85,7 +88,7 @@ def _backward(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
 def _tangent(
     gate: Tensor, up: Tensor, t_gate: Tensor | None, t_up: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    out = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
+    out = dispatch.empty_like(gate)
     t_out = torch.empty_like(out)
     if out.numel():
         operands = [_rows(tensor) for tensor in (gate, up, t_gate, t_up)]
@@ -111,7 +114,7 @@ def _gradient(ctx, grad: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]
 
 
 def _like(tensor: Tensor, *_: Tensor | None) -> Tensor:
-    return torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
+    return dispatch.empty_like(tensor)
 
 
 def _two_like(tensor: Tensor, *_: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -200,7 +200,7 @@ def _forward(
     ]
     table = table.to(torch.float32).contiguous()
     time_weight = time_weight.to(torch.float32).contiguous()
-    target = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    target = dispatch.empty_like(x)
     loss, denoising, weight = (torch.empty_like(time_weight) for _ in range(3))
     if F.numel():
         outputs = (target, loss, denoising, weight)
@@ -215,12 +215,12 @@ def _fake(
     F, x, z, table, d, d_minus, cond, null, time_weight, cosine
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     loss, denoising, weight = (x.new_empty(x.shape[0], dtype=torch.float32) for _ in range(3))
-    return loss, denoising, weight, torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    return loss, denoising, weight, dispatch.empty_like(x)
 
 
 def _backward(scale: Tensor, F: Tensor, target: Tensor, cosine: bool) -> Tensor:
     scale, F = scale.to(torch.float32).contiguous(), F.contiguous()
-    gradient = torch.empty(F.shape, dtype=F.dtype, device=F.device)
+    gradient = dispatch.empty_like(F)
     if F.numel():
         dispatch.launch(
             "transition_loss_backward", F, *map(dispatch.pointer, (scale, F, target, gradient)),
@@ -230,7 +230,7 @@ def _backward(scale: Tensor, F: Tensor, target: Tensor, cosine: bool) -> Tensor:
 
 
 def _backward_fake(scale: Tensor, F: Tensor, target: Tensor, cosine: bool) -> Tensor:
-    return torch.empty(F.shape, dtype=F.dtype, device=F.device)
+    return dispatch.empty_like(F)
 
 
 def _setup(ctx, inputs: tuple, output: tuple[Tensor, ...]) -> None:
