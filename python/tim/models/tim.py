@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
-from tim.models.blocks import Block, FinalLayer, Update, add_update, norm_without_parameters
+from tim.models.blocks import Block, FinalLayer, add_update, norm_without_parameters
 from tim.models.config import TiMConfig
 from tim.models.embeddings import CaptionEmbedder, LabelEmbedder, PatchEmbedder, TimeEmbedder
 from tim.models.layers import Linear
@@ -107,10 +107,14 @@ class TiM(
             dtype=torch.promote_types(tokens.dtype, torch.float32),
         )  # fmt: skip
 
-        run = _run_checkpointed if self._checkpoints(x, t) else _run
+        conditions = (condition, interval, text, rope)
+        checkpoints = self._checkpoints(x, t, r)
         update, features = None, None
         for number, block in enumerate(self.blocks, start=1):
-            tokens, update = run(block, tokens, update, condition, interval, text, rope)
+            if checkpoints:
+                tokens = _recomputed(block, tokens, *conditions)
+            else:
+                tokens, update = block(tokens, update, *conditions)
             if return_features and number == config.encoder_depth:
                 features = self.projector(add_update(tokens, update))
         out = self._unpatchify(self.final_layer(tokens, update, condition), rows, columns)
@@ -134,10 +138,8 @@ class TiM(
         """
         times = {"t": t, "r": r, "t-r": t - r}
         *others, last = self.config.new_condition.split(",")
-        t_embed = self.t_embedder(t)
-        interval = (self.delta_embedder if self.config.use_new_embed else self.t_embedder)(
-            times[last]
-        )
+        own = self.delta_embedder if self.config.use_new_embed else self.t_embedder
+        t_embed, interval = self.t_embedder(t), own(times[last])
         for name in others:
             interval = interval + (t_embed if name == "t" else self.t_embedder(times[name]))
         return (t_embed + interval)[:, None], interval[:, None]
@@ -149,10 +151,10 @@ class TiM(
             tokens.shape[0], self.config.in_channels, rows * p, columns * p
         )
 
-    def _checkpoints(self, x: Tensor, t: Tensor) -> bool:
+    def _checkpoints(self, *inputs: Tensor) -> bool:
         if not self.gradient_checkpointing or not torch.is_grad_enabled():
             return False
-        return all(forward_ad.unpack_dual(tensor).tangent is None for tensor in (x, t))
+        return all(forward_ad.unpack_dual(tensor).tangent is None for tensor in inputs)
 
     def _check(self, x: Tensor, t: Tensor, r: Tensor, y: Tensor, return_features: bool) -> None:
         config = self.config
@@ -229,16 +231,10 @@ class TiM(
         return load_weights(config, path, device=map_location)
 
 
-def _run(block: Block, *inputs: Any) -> tuple[Tensor, Update]:
-    return block(*inputs)
-
-
-def _run_checkpointed(
-    block: Block, tokens: Tensor, _: Update, *conditions: Any
-) -> tuple[Tensor, Update]:
+def _recomputed(block: Block, tokens: Tensor, *conditions: Any) -> Tensor:
     """The block with its update added inside, so that one tensor per block is stored, not two."""
 
     def run(tokens: Tensor, *conditions: Any) -> Tensor:
         return add_update(*block(tokens, None, *conditions))
 
-    return checkpoint(run, tokens, *conditions, use_reentrant=False, preserve_rng_state=False), None
+    return checkpoint(run, tokens, *conditions, use_reentrant=False, preserve_rng_state=False)
