@@ -135,9 +135,10 @@ def test_random_states_continue(tmp_path) -> None:
             torch.rand(1),
         )
 
+    cpu = torch.device("cpu")
     draw()
-    torch.save(checkpoint.random_states(), tmp_path / "states.pt")
+    torch.save(checkpoint.random_states(cpu), tmp_path / "states.pt")
     expected = draw()
     random.seed(0), np.random.seed(0), torch.manual_seed(0)
-    checkpoint.set_random_states(torch.load(tmp_path / "states.pt", weights_only=True))
+    checkpoint.set_random_states(torch.load(tmp_path / "states.pt", weights_only=True), cpu)
     assert draw() == expected

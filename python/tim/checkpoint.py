@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import nn
 
 MODEL, AVERAGE, STATE = "model.safetensors", "ema.safetensors", "state.pt"
 _COMPLETE = re.compile(r"\d{8,}")
@@ -115,26 +115,28 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-def random_states() -> dict[str, Any]:
-    """States of all global generators, in a form that `torch.load(weights_only=True)` reads."""
+def random_states(device: torch.device) -> dict[str, Any]:
+    """States of the global generators (on CUDA: of `device` only, other devices are left alone).
+
+    `torch.load(weights_only=True)` can read them back.
+    """
     kind, keys, position, has_gauss, gauss = np.random.get_state()
     return {
         "python": random.getstate(),
         "numpy": (kind, torch.from_numpy(keys.astype(np.int64)), position, has_gauss, gauss),
         "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
     }
 
 
-def set_random_states(states: Mapping[str, Any]) -> None:
-    """Inverse of `random_states`; the CUDA states are left out on a machine with other devices."""
+def set_random_states(states: Mapping[str, Any], device: torch.device) -> None:
+    """Inverse of `random_states`; `device` need not be the one they were taken from."""
     random.setstate(states["python"])
     kind, keys, *rest = states["numpy"]
     np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))
     torch.set_rng_state(states["torch"])
-    cuda: list[Tensor] = states["cuda"]
-    if cuda and len(cuda) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all(cuda)
+    if states["cuda"] is not None and device.type == "cuda":
+        torch.cuda.set_rng_state(states["cuda"], device)
 
 
 def _flush(path: Path) -> None:

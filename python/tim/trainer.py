@@ -232,7 +232,7 @@ class Trainer:
             "skipped": self.skipped,
             "bad_in_row": self.bad_in_row,
             "optimizer": self.optimizer.state_dict(),
-            "random": random_states(),
+            "random": random_states(self.device),
         }
         keep = self.config.train.keep
         save_checkpoint(self.checkpoints, self.step, self.model, self.ema.model, state, keep)
@@ -247,7 +247,7 @@ class Trainer:
         self.optimizer.load_state_dict(state["optimizer"])
         self.step, self.skipped = state["step"], state["skipped"]
         self.bad_in_row = state["bad_in_row"]
-        set_random_states(state["random"])
+        set_random_states(state["random"], self.device)
 
     def _log(self, log: RunLog, meter: _Meter) -> None:
         values = meter.values(self.config.train.batch_size)

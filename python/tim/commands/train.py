@@ -51,6 +51,9 @@ def main(arguments: list[str]) -> int:
     except TrainingStopped as stop:
         print(f"tim train: {stop}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print(f"interrupted at step {trainer.step}; --resume goes on", file=sys.stderr)
+        return 130
     print(f"trained {trainer.step} steps; to look at it: tim sample {command.run}", file=sys.stderr)
     return 0
 
