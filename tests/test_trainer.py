@@ -341,8 +341,9 @@ def test_devices() -> None:
             pick_device("cuda")
 
 
-def test_unreadable_images_are_reported_once(tmp_path) -> None:
-    folder = tmp_path / "images"
+def test_unreadable_images_are_reported_once(tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    folder = Path("images")
     folder.mkdir()
     for i in range(12):
         Image.new("L", (8, 8), 20 * i).save(folder / f"{i:02}.png")
@@ -359,6 +360,8 @@ def test_unreadable_images_are_reported_once(tmp_path) -> None:
     events = [r for r in records(tmp_path / "run") if r.get("event") == "skipped_files"]
     assert sorted(name for event in events for name in event["files"]) == ["03.png", "08.png"]
     assert events[-1]["count"] == 2
+    # The saved path does not depend on where the run was started.
+    assert RunConfig.load(tmp_path / "run" / "config.yaml").data.path == str(tmp_path / "images")
     longer = dataclasses.replace(base, train=dataclasses.replace(base.train, steps=6))
     Trainer(longer, tmp_path / "run", resume=True).train()
     again = [r for r in records(tmp_path / "run") if r.get("event") == "skipped_files"]

@@ -8,6 +8,7 @@ import os
 import resource
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +91,21 @@ class RunLog:
         """Show a picture, uint8 [H, W, 3], in TensorBoard."""
         if self._writer is not None:
             self._writer.add_image(name, pixels.numpy(), step, dataformats="HWC")
+
+    def skipped_files(self, step: int, reasons: Mapping[str, str]) -> None:
+        """Add files that could not be read to skipped_files.txt, and name those that are new."""
+        path = self.path.with_name("skipped_files.txt")
+        known = path.read_text().splitlines() if path.exists() else []
+        lines = [f"{name}\t{reason}" for name, reason in reasons.items()]
+        new = [line for line in lines if line not in set(known)]
+        if not new:
+            return
+        path.write_text("".join(f"{line}\n" for line in sorted([*known, *new])))
+        names = [line.split("\t")[0] for line in new]
+        self.event(step, event="skipped_files", count=len(known) + len(new), files=names)
+        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        shown = ", ".join(names[:3]) + more
+        self.note(f"{len(names)} images cannot be read and are skipped: {shown} (see {path})")
 
     def note(self, text: str) -> None:
         """A line on the terminal."""

@@ -255,8 +255,7 @@ class Trainer:
         values["memory_gb"] = peak_memory_gb(self.device)
         values["skipped_steps"] = self.skipped
         log.scalars(self.step, values)
-        if skipped := self.dataset.skipped:
-            report_skipped_files(self.run / "skipped_files.txt", skipped, self.step, log)
+        log.skipped_files(self.step, self.dataset.skipped)
 
     def _sample(self, log: RunLog) -> None:
         config = self.config.sample
@@ -343,21 +342,6 @@ def check_resumable(saved: RunConfig, config: RunConfig) -> None:
             raise ValueError(f"a resumed run cannot change {name}: it is {old}, got {new}")
 
 
-def report_skipped_files(path: Path, skipped: dict[str, str], step: int, log: RunLog) -> None:
-    """Write the list of unreadable files when it has grown, and say so."""
-    known = set(path.read_text().splitlines()) if path.exists() else set()
-    lines = [f"{name}\t{reason}" for name, reason in skipped.items()]
-    new = [line for line in lines if line not in known]
-    if not new:
-        return
-    path.write_text("".join(f"{line}\n" for line in sorted(known.union(lines))))
-    names = [line.split("\t")[0] for line in new]
-    log.event(step, event="skipped_files", count=len(known) + len(new), files=names)
-    shown = ", ".join(names[:3])
-    more = f" and {len(new) - 3} more" if len(new) > 3 else ""
-    log.note(f"{len(new)} images cannot be read and are skipped: {shown}{more} (see {path})")
-
-
 def pick_device(name: str) -> torch.device:
     """The device called `name`; "auto" is CUDA where there is one, else the CPU."""
     if name == "auto":
@@ -372,8 +356,11 @@ def pick_device(name: str) -> torch.device:
 
 
 def _fit_to_data(config: RunConfig, dataset: Dataset) -> RunConfig:
-    """The configuration with room for the data set's classes; ValueError if the shapes differ."""
-    model = config.model
+    """The configuration with room for the data set's classes and an absolute path to it.
+
+    Raises ValueError when the shapes of data and model differ.
+    """
+    model, data = config.model, config.data
     expected = (model.in_channels, model.input_size, model.input_size)
     if dataset.shape != expected:
         raise ValueError(
@@ -381,7 +368,10 @@ def _fit_to_data(config: RunConfig, dataset: Dataset) -> RunConfig:
             f"model.input_size] = {list(expected)}, got {list(dataset.shape)}"
         )
     classes = max(model.num_classes or 0, dataset.num_classes)
-    return dataclasses.replace(config, model=dataclasses.replace(model, num_classes=classes))
+    if data.path is not None:
+        data = dataclasses.replace(data, path=str(Path(data.path).absolute()))
+    model = dataclasses.replace(model, num_classes=classes)
+    return dataclasses.replace(config, model=model, data=data)
 
 
 def _seed(*numbers: int) -> int:
