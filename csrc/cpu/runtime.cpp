@@ -16,6 +16,8 @@ Scratch::Scratch(int64_t count)
 
 Scratch::~Scratch() { ::operator delete(data, kCacheLine); }
 
+void refuse(const char* message) { throw std::invalid_argument(message); }
+
 void refuse_dtype(int dtype) {
     throw std::invalid_argument("dtype must be 0 (float32) or 1 (bfloat16) on a CPU, got " +
                                 std::to_string(dtype));

@@ -16,6 +16,8 @@ class Scratch {
     float* const data;
 };
 
+// Throw std::invalid_argument, which Python sees as ValueError.
+[[noreturn]] void refuse(const char* message);
 [[noreturn]] void refuse_dtype(int dtype);
 
 }  // namespace tim::cpu

@@ -12,7 +12,9 @@ TIM_HD float gated_residual_tangent(float tx, float gate, float y, float tgate, 
     return tx + (tgate * y + gate * ty);
 }
 
-TIM_HD float modulate(float xhat, float scale, float shift) { return xhat * (1.0f + scale) + shift; }
+TIM_HD float modulate(float xhat, float scale, float shift) {
+    return xhat * (1.0f + scale) + shift;
+}
 
 TIM_HD float modulate_tangent(float xhat, float txhat, float scale, float tscale, float tshift) {
     return txhat * (1.0f + scale) + (xhat * tscale + tshift);

@@ -1,0 +1,69 @@
+// All that the kernels use of CUDA beyond plain C++, in one file: a header with the same names lets
+// the same sources run where there is no GPU.
+#pragma once
+
+#include <cuda_runtime.h>
+#include <stdint.h>
+
+#define TIM_DEVICE static __device__ __forceinline__
+
+namespace tim::cuda {
+
+constexpr int kWarp = 32;
+
+TIM_DEVICE int lane() { return threadIdx.x % kWarp; }
+
+TIM_DEVICE void barrier() { __syncthreads(); }
+
+// The value of the lane whose number differs by the bits of `mask`; all 32 lanes must take part.
+TIM_DEVICE float shuffle_xor(float value, int mask) {
+    return __shfl_xor_sync(0xffffffffu, value, mask);
+}
+
+// The block's dynamic shared memory, aligned to 16 bytes.
+TIM_DEVICE float* shared_memory() {
+    extern __shared__ float4 tim_shared_memory[];
+    return reinterpret_cast<float*>(tim_shared_memory);
+}
+
+// Through the read-only path, which lets the compiler move loads across stores: only for memory
+// that no thread of the same launch writes.
+template <class Word>
+TIM_DEVICE Word load_global(const Word* p) {
+    return __ldg(p);
+}
+
+// What an error message says of a call, and its stream.
+struct Call {
+    const char* op;
+    int64_t shape[4];  // unused entries stay 0
+    cudaStream_t stream;
+};
+
+[[noreturn]] void fail(const Call& call, cudaError_t error);
+
+inline void check(const Call& call, cudaError_t error) {
+    if (error != cudaSuccess) fail(call, error);
+}
+
+template <class... Parameters, class... Arguments>
+void launch(const Call& call, void (*kernel)(Parameters...), dim3 grid, dim3 block,
+            size_t shared_bytes, Arguments... arguments) {
+    cudaLaunchConfig_t config{};
+    config.gridDim = grid;
+    config.blockDim = block;
+    config.dynamicSmemBytes = shared_bytes;
+    config.stream = call.stream;
+    cudaLaunchKernelEx(&config, kernel, Parameters(arguments)...);
+    // Also clears the error, so that the next CUDA call of the process does not report it again.
+    check(call, cudaGetLastError());
+}
+
+inline int multiprocessors(const Call& call) {
+    int device = 0, count = 0;
+    check(call, cudaGetDevice(&device));
+    check(call, cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device));
+    return count;
+}
+
+}  // namespace tim::cuda
