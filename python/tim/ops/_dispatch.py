@@ -2,8 +2,9 @@
 
 Two rules keep this package's worst bug, a silent zero tangent, out:
 
-* Bare `torch.ops.tim.*` operations are private. The public function looks for forward-mode tangents
-  and calls the pair operation when it finds any; PyTorch itself would drop them without an error.
+* Bare `torch.ops.tim.*` operations are private, and raise when they meet a forward-mode tangent,
+  which PyTorch would drop without an error. The public function looks for tangents first and calls
+  the pair operation when it finds any.
 * A backward formula that meets a tangent (forward-over-reverse) raises.
 """
 
@@ -16,6 +17,7 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor
+from torch._library import autograd as autograd_rules
 from torch.autograd import forward_ad
 
 from tim import _extension
@@ -117,12 +119,12 @@ def split_tangents(
     return tuple(d.primal for d in duals), tuple(d.tangent for d in duals)
 
 
-def refuse_tangents(what: str, *tensors: Tensor | None) -> None:
+def refuse_tangents(what: str, *arguments: object) -> None:
     """Raise NotImplementedError when a tensor carries a tangent that `what` would silently drop."""
     if forward_ad._current_level < 0:
         return
-    for tensor in tensors:
-        if tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None:
+    for argument in arguments:
+        if isinstance(argument, Tensor) and forward_ad.unpack_dual(argument).tangent is not None:
             raise NotImplementedError(
                 f"{what} has no forward-mode rule; differentiate the reference instead "
                 "(tim.ops.reference_only())"
@@ -172,10 +174,18 @@ def register(
     def no_rule(ctx: object, *gradients: object) -> None:
         raise NotImplementedError(f"tim::{name} is not differentiable")
 
-    torch.library.register_autograd(
-        f"tim::{name}", backward or no_rule, setup_context=setup_context, lib=library
-    )
-    return getattr(torch.ops.tim, name).default
+    operation = getattr(torch.ops.tim, name).default
+    # What torch.library.register_autograd does, with one check in front: its own kernel lets
+    # tangents pass and vanish, wherever they come from (a function compiled elsewhere, say).
+    rules = autograd_rules.Info(backward or no_rule, setup_context)
+    differentiable = autograd_rules.make_autograd_impl(operation, rules)
+
+    def without_tangents(keyset: object, *arguments: object) -> object:
+        refuse_tangents(f"torch.ops.tim.{name}", *arguments)
+        return differentiable(keyset, *arguments)
+
+    library.impl(name, without_tangents, "Autograd", with_keyset=True)
+    return operation
 
 
 def promote(*tensors: Tensor) -> tuple[Tensor, ...]:
