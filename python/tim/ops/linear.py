@@ -32,9 +32,9 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if dispatch.split_tangents(*parameters)[1] is not None:
         return dispatch.drop_tangent_graph(F.linear(x, weight, bias))
     primal, tangent = forward_ad.unpack_dual(x)
-    out = F.linear(primal, weight, bias)
     if tangent is None:
-        return out
+        return F.linear(x, weight, bias)
+    out = F.linear(primal, weight, bias)
     with torch.no_grad():
         t_out = F.linear(tangent, weight)
     return forward_ad.make_dual(out, t_out)
