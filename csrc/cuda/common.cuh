@@ -49,7 +49,8 @@ void with_width(std::initializer_list<const void*> pointers, std::initializer_li
                 const Body& body) {
     constexpr int kWidth = kAccessBytes / sizeof(T);
     bool wide = true;
-    for (const void* p : pointers) wide = wide && reinterpret_cast<uintptr_t>(p) % kAccessBytes == 0;
+    for (const void* p : pointers)
+        wide = wide && reinterpret_cast<uintptr_t>(p) % kAccessBytes == 0;
     for (int64_t stride : strides) wide = wide && stride % kWidth == 0;
     if (wide) {
         body(Constant<kWidth>{});

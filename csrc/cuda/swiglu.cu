@@ -131,8 +131,8 @@ void swiglu_backward(const void* grad, const void* gate, int64_t gate_stride, co
                 constexpr int kWidth = decltype(width)::kValue;
                 const int64_t packs = cols / kWidth;
                 launch(call, backward<T, kWidth>, piece_grid(call, rows, packs), kPieceThreads, 0,
-                       array<T>(grad), make_rows<T>(gate, gate_stride),
-                       make_rows<T>(up, up_stride), array<T>(dgate), array<T>(dup), rows, packs);
+                       array<T>(grad), make_rows<T>(gate, gate_stride), make_rows<T>(up, up_stride),
+                       array<T>(dgate), array<T>(dup), rows, packs);
             });
     });
 }

@@ -6,7 +6,7 @@
 
 namespace tim::math {
 
-TIM_HD float swiglu(float gate, float up) { return gate / one_plus_exp(-gate) * up; }
+TIM_HD float swiglu(float gate, float up) { return divide(gate, one_plus_exp(-gate)) * up; }
 
 TIM_HD float silu_derivative(float gate, float s) { return s * (1.0f + gate * (1.0f - s)); }
 
