@@ -1,0 +1,188 @@
+#!/usr/bin/env bash
+# Builds the extension, runs the GPU tests and all benchmarks in under ten minutes, without network.
+#
+#   benchmarks/gpu_check.sh [--device cpu] [RESULTS_DIRECTORY]
+#
+# Needs Python with torch, CMake, and nvcc; takes ninja where it is. pybind11 is the folder named by
+# PYBIND11_DIR or pybind11_DIR, else what `python -m pybind11` says, else pip fetches it. PYTHON names
+# the interpreter. Nothing is installed: the package is put together in build/gpu_check and found
+# through PYTHONPATH. `--device cpu` rehearses all of it, with short measurements, without a GPU.
+#
+# Writes RESULTS_DIRECTORY/<gpu>-<date>.json (default benchmarks/results) and prints a short table
+# last. A part that fails does not stop the others, but the exit code is then 1.
+
+set -uo pipefail
+
+device=cuda
+if [ "${1:-}" = --device ]; then
+    device=${2:?--device needs cuda or cpu}
+    shift 2
+fi
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+results=${1:-$root/benchmarks/results}
+python=${PYTHON:-python3}
+work=$root/build/gpu_check
+site=$work/site
+parts=$work/parts
+deadline=580
+failed=()
+export device root python work site parts
+export PYTHONPATH=$site${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
+
+# part SECONDS NAME COMMAND...: runs the command for at most so long, and notes when it fails.
+part() {
+    local limit=$1 name=$2 left=$((deadline - SECONDS)) status
+    shift 2
+    printf '\n== %s (after %d s) ==\n' "$name" "$SECONDS"
+    if [ "$left" -lt 5 ]; then
+        failed+=("$name: no time left")
+        return
+    fi
+    # timeout starts programs only, so a shell has to call our functions.
+    timeout --kill-after=10 "$((limit < left ? limit : left))" bash -c '"$@"' part "$@"
+    status=$?
+    case $status in
+    0) ;;
+    124 | 137) failed+=("$name: stopped at its time limit") ;;
+    *) failed+=("$name: exit code $status") ;;
+    esac
+}
+
+# Prints the folder that holds pybind11Config.cmake.
+find_pybind11() {
+    local given=${PYBIND11_DIR:-${pybind11_DIR:-}} inner
+    if [ -n "$given" ]; then
+        for inner in . share/cmake/pybind11 pybind11/share/cmake/pybind11; do
+            if [ -f "$given/$inner/pybind11Config.cmake" ]; then
+                echo "$given/$inner"
+                return
+            fi
+        done
+        echo "no pybind11Config.cmake under $given" >&2
+        return 1
+    fi
+    "$python" -m pybind11 --cmakedir 2>/dev/null && return
+    "$python" -m pip install --quiet --target "$work/pybind11" pybind11 >&2 &&
+        echo "$work/pybind11/pybind11/share/cmake/pybind11"
+}
+
+build() {
+    local cuda=ON tree=$work/cmake-$device pybind11
+    [ "$device" = cpu ] && cuda=OFF
+    pybind11=$(find_pybind11) || return
+    command -v ninja >/dev/null && export CMAKE_GENERATOR=Ninja
+    rm -rf "$site" && mkdir -p "$site" && cp -r "$root/python/tim" "$site/tim" || return
+    rm -f "$site"/tim/_C*.so "$site/tim/_build_info.json"
+    cmake -S "$root" -B "$tree" -DCMAKE_BUILD_TYPE=Release -DTIM_CUDA=$cuda \
+        -Dpybind11_DIR="$pybind11" \
+        -DPython_EXECUTABLE="$("$python" -c 'import sys; print(sys.executable)')" &&
+        cmake --build "$tree" --parallel "$(nproc)" &&
+        cmake --install "$tree" --prefix "$site"
+}
+
+# Says what was built; fails when it is not what the device needs.
+check_build() {
+    "$python" - <<'PYTHON'
+import os
+import sys
+
+from tim import _extension, ops
+
+if _extension.C is None:
+    sys.exit(_extension.REASON)
+available = ops.available()
+for name, backends in available.items():
+    print(f"{name}: {', '.join(backends) or 'PyTorch'}")
+if not any(os.environ["device"] in backends for backends in available.values()):
+    sys.exit(f"the extension holds no kernels for {os.environ['device']}")
+PYTHON
+}
+
+has() {
+    "$python" -c "import importlib.util as u, sys; sys.exit(u.find_spec('$1') is None)"
+}
+
+test_operations() {
+    local workers=0
+    if ! has pytest; then
+        echo "pytest is not installed: the tests did NOT run; the benchmarks still compare with float64"
+        return 1
+    fi
+    has xdist && [ "$device" = cuda ] && workers=4
+    if [ "$workers" -gt 0 ]; then
+        "$python" -m pytest -q -p no:cacheprovider -n "$workers" -k "$device" "$root/tests/ops"
+    else
+        "$python" -m pytest -q -p no:cacheprovider -k "$device" "$root/tests/ops"
+    fi
+}
+
+# Tests elsewhere that ask for a GPU by pytest's marker.
+test_marked() {
+    local status=0
+    if ! has pytest || ! has hypothesis; then
+        echo "pytest or hypothesis is not installed: tests marked gpu did NOT run"
+        return 1
+    fi
+    "$python" -m pytest -q -p no:cacheprovider -m gpu --ignore "$root/tests/ops" "$root/tests" ||
+        status=$?
+    [ "$status" -eq 5 ] && echo "there are none" && return
+    return "$status"
+}
+
+# bench SCRIPT RESULT OPTION...
+bench() {
+    "$python" "$root/benchmarks/bench_$1.py" --device "$device" --json "$parts/$2.json" "${@:3}"
+}
+
+# All operations through torch.compile too, at the size and dtype of the paper's training.
+bench_compiled() {
+    "$python" -c 'import sys; from tim.bench import main; sys.exit(main(sys.argv[1:]))' \
+        --device "$device" --json "$parts/compiled.json" --compile "$@"
+}
+
+summarise() {
+    local name
+    name=$("$python" -c '
+import re, sys, torch
+from tim.bench.machine import describe
+name = describe(torch.device(sys.argv[1]))["name"]
+print(re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-"))' "$device") || return
+    "$python" -m tim.bench.summary "$results/$name-$(date -u +%Y-%m-%d).json" "$parts"/*.json
+}
+export results
+export -f find_pybind11 build check_build has test_operations test_marked bench bench_compiled
+export -f summarise
+
+rm -rf "$parts"
+mkdir -p "$parts" "$results"
+if [ "$device" = cuda ]; then
+    nvidia-smi --query-gpu=name,driver_version,memory.total,clocks.sm,clocks.max.sm --format=csv
+    every=(--seconds 0.1 --dtypes float32,bfloat16)
+    step=(--seconds 2)
+    compiled=(--seconds 0.1 --sizes xl2-256 --dtypes bfloat16)
+else
+    every=(--seconds 0.01 --dtypes float32 --sizes small)
+    step=(--seconds 0.1 --sizes digits)
+    compiled=(interpolate swiglu --seconds 0.01 --sizes small --dtypes float32)
+fi
+
+part 240 build build
+part 30 "check of the build" check_build
+part 120 "tests of the operations" test_operations
+part 60 "tests marked gpu" test_marked
+for operation in interpolate transition_loss qk_norm_rope adaln swiglu attention; do
+    part 60 "bench_$operation" bench "$operation" "$operation" "${every[@]}"
+done
+part 120 bench_step bench step step "${step[@]}"
+part 150 "torch.compile" bench_compiled "${compiled[@]}"
+deadline=$((SECONDS + 20))
+part 20 summary summarise
+
+printf '\n'
+if [ "${#failed[@]}" -eq 0 ]; then
+    echo "all parts passed in $SECONDS s"
+else
+    echo "FAILED ($SECONDS s):"
+    printf '  %s\n' "${failed[@]}"
+    exit 1
+fi

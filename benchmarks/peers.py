@@ -1,0 +1,186 @@
+"""Other people's way of doing it: what the figures of bench_step.py are compared with.
+
+`PlainTiM` and `public_step` are the network and the finite-difference step as the public code of
+the paper arranges them, in plain PyTorch: layer norms, modulation, rotation and gates one operation
+at a time, torch's scaled_dot_product_attention, and for the derivative two more forward passes of
+the samples with r < t. The code is ours. Parameters have the released names, so both networks load
+the same weights, and tests/bench/test_peers.py holds the two to the same numbers.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tim.bench.step import TRANSPORT, Setup, StepCandidate
+from tim.models import TiMConfig
+
+EPSILON = 0.005
+
+
+class SwiGLU(nn.Module):
+    def __init__(self, width: int, inner: int, out: int) -> None:
+        super().__init__()
+        self.fc1_g, self.fc1_x = nn.Linear(width, inner), nn.Linear(width, inner)
+        self.fc2 = nn.Linear(inner, out)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.silu(self.fc1_g(x)) * self.fc1_x(x))
+
+
+class TimeEmbedder(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.mlp = nn.Sequential(nn.Linear(256, width), nn.SiLU(), nn.Linear(width, width))
+
+    def forward(self, t: Tensor) -> Tensor:
+        steps = torch.arange(128, dtype=torch.float32, device=t.device)
+        angles = t[:, None] * torch.exp(-math.log(10000) * steps / 128)
+        return self.mlp(torch.cat([angles.cos(), angles.sin()], dim=-1))
+
+
+class Attention(nn.Module):
+    def __init__(self, config: TiMConfig) -> None:
+        super().__init__()
+        width = config.hidden_size
+        self.heads = config.num_heads
+        self.qkv = nn.Linear(width, 3 * width)
+        if config.distance_aware:
+            self.qkv_d = nn.Linear(width, 3 * width, bias=False)
+        self.q_norm, self.k_norm = (nn.LayerNorm(config.head_dim) for _ in range(2))
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, x: Tensor, interval: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+        batch, tokens, width = x.shape
+        qkv = self.qkv(x)
+        if hasattr(self, "qkv_d"):
+            qkv = qkv + self.qkv_d(interval)
+        qkv = qkv.reshape(batch, tokens, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+        q, k, v = qkv.unbind(0)
+        q = rotated(self.q_norm(q), *rope).to(v.dtype)
+        k = rotated(self.k_norm(k), *rope).to(v.dtype)
+        out = F.scaled_dot_product_attention(q, k, v)
+        return self.proj(out.transpose(1, 2).reshape(batch, tokens, width))
+
+
+def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """x [B, H, N, D], adjacent channels in pairs."""
+    a, b = x.unflatten(-1, (-1, 2)).unbind(-1)
+    return x * cos + torch.stack([-b, a], dim=-1).flatten(-2) * sin
+
+
+def modulated(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    return F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale) + shift
+
+
+class Block(nn.Module):
+    def __init__(self, config: TiMConfig) -> None:
+        super().__init__()
+        width = config.hidden_size
+        self.attn = Attention(config)
+        self.mlp = SwiGLU(width, 4 * width * 2 // 3, width)
+        inner = config.lora_hidden_size or width // 4 * 3
+        self.adaLN_modulation = SwiGLU(width, inner, 6 * width)
+
+    def forward(self, x: Tensor, condition: Tensor, interval: Tensor, rope: tuple) -> Tensor:
+        modulation = self.adaLN_modulation(condition).chunk(6, dim=-1)
+        shift, scale, gate = modulation[:3]
+        x = x + gate * self.attn(modulated(x, shift, scale), interval, rope)
+        shift, scale, gate = modulation[3:]
+        return x + gate * self.mlp(modulated(x, shift, scale))
+
+
+class PlainTiM(nn.Module):
+    """TiM with class labels, normalised queries and keys, and t - r as its second time."""
+
+    def __init__(self, config: TiMConfig) -> None:
+        super().__init__()
+        width, patch = config.hidden_size, config.patch_size
+        self.config = config
+        self.x_embedder = nn.Module()
+        self.x_embedder.proj = nn.Conv2d(config.in_channels, width, patch, stride=patch)
+        self.t_embedder = TimeEmbedder(width)
+        if config.use_new_embed:
+            self.delta_embedder = TimeEmbedder(width)
+        self.y_embedder = nn.Module()
+        self.y_embedder.embedding_table = nn.Embedding(config.num_classes + 1, width)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
+        self.final_layer = nn.Module()
+        self.final_layer.linear = nn.Linear(width, patch * patch * config.in_channels)
+        self.final_layer.adaLN_modulation = SwiGLU(width, width // 2, 2 * width)
+
+    def forward(self, x: Tensor, t: Tensor, r: Tensor, y: Tensor) -> Tensor:
+        patch = self.config.patch_size
+        rows, columns = x.shape[2] // patch, x.shape[3] // patch
+        rope = rope_tables(rows, columns, self.config.head_dim, x.device)
+        x = self.x_embedder.proj(x).flatten(2).transpose(1, 2)
+        t_embedder = self.t_embedder
+        interval = getattr(self, "delta_embedder", t_embedder)(t - r)[:, None]
+        condition = t_embedder(t)[:, None] + interval
+        condition = condition + self.y_embedder.embedding_table(y)[:, None]
+        for block in self.blocks:
+            x = block(x, condition, interval, rope)
+        shift, scale = self.final_layer.adaLN_modulation(condition).chunk(2, dim=-1)
+        x = self.final_layer.linear(modulated(x, shift, scale))
+        x = x.reshape(len(x), rows, columns, patch, patch, -1)
+        return x.permute(0, 5, 1, 3, 2, 4).flatten(4).flatten(2, 3)
+
+
+@functools.cache
+def rope_tables(
+    rows: int, columns: int, head_dim: int, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """cos, sin [N, D]: half of the channels turn with the column, half with the row."""
+    quarter = head_dim // 4
+    frequencies = 10000.0 ** (-torch.arange(quarter, device=device) / quarter)
+    row, column = torch.meshgrid(
+        torch.arange(rows, device=device), torch.arange(columns, device=device), indexing="ij"
+    )
+    angles = torch.cat([p.reshape(-1, 1) * frequencies for p in (column, row)], dim=-1)
+    angles = angles.repeat_interleave(2, dim=-1)
+    return angles.cos(), angles.sin()
+
+
+def public_objective(model: nn.Module, setup: Setup) -> tuple[Tensor, Tensor]:
+    """The loss with central differences, and dF; transport ot_fm, time weight sqrt of tan."""
+    x, z, y = setup.x, setup.z, setup.y
+    n = len(x) // 2
+    t, r = (times[:, None, None, None] for times in (setup.t, setup.r))
+
+    def noised(x: Tensor, z: Tensor, t: Tensor) -> Tensor:
+        return (1 - t) * x + t * z
+
+    prediction = model(noised(x, z, t), t.flatten(), r.flatten(), y)
+    derivative = torch.zeros_like(x)
+    with torch.no_grad():
+
+        def neighbour(t: Tensor) -> Tensor:
+            return model(noised(x[n:], z[n:], t), t.flatten(), r[n:].flatten(), y[n:])
+
+        ahead, behind = neighbour(t[n:] + EPSILON), neighbour(t[n:] - EPSILON)
+        derivative[n:] = ahead / (2 * EPSILON) - behind / (2 * EPSILON)
+        target = z - x - (t - r) * derivative
+    denoising = (prediction - target).square().mean(dim=(1, 2, 3))
+    denoising = denoising + (1 - F.cosine_similarity(prediction, target, dim=1)).mean(dim=(1, 2))
+    weight = (torch.tan(setup.t) - torch.tan(setup.r) + TRANSPORT.sigma_d).rsqrt()
+    weight[:n] = 1
+    return (weight / (denoising.detach() + 1e-5) * denoising).mean(), derivative
+
+
+def peers(setup: Setup, compiled: bool) -> dict[str, StepCandidate]:
+    """The public step, eager and (when asked for) with torch.compile of its network."""
+    model = PlainTiM(setup.model.config).to(setup.x.device)
+    model.load_state_dict(setup.model.state_dict())
+
+    def candidate(network: Callable) -> StepCandidate:
+        return StepCandidate(lambda: public_objective(network, setup), model)
+
+    found = {"public dde": candidate(model)}
+    if compiled:
+        found["public dde, compiled"] = candidate(torch.compile(model, dynamic=False))
+    return found

@@ -1,0 +1,179 @@
+"""Command line of the benchmarks."""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import functools
+import itertools
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from tim.bench import machine, report, table
+from tim.bench.cases import DIRECTIONS, OPERATIONS, operations_of
+from tim.bench.measure import Settings, measure
+from tim.bench.report import Row
+
+if TYPE_CHECKING:
+    from tim.bench.step import Peers
+
+OPERATION_NAMES = tuple(dict.fromkeys(operation.kernel for operation in OPERATIONS))
+DTYPES = {machine.name_of(d): d for d in (torch.float32, torch.bfloat16, torch.float16)}
+_DEFAULT_DTYPES = {"cpu": ("float32", "bfloat16"), "cuda": tuple(DTYPES)}
+_STEP_DTYPES = {"cpu": ("float32",), "cuda": ("bfloat16",)}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One measurement to make."""
+
+    name: str
+    size: str
+    dtype: str
+    make: Callable[[], Row]
+
+
+def main(arguments: Sequence[str] | None = None, peers: Peers | None = None) -> int:
+    """Measure what the command line asks for; 0, or 1 when a measurement failed.
+
+    `peers` adds other implementations to the comparison of training steps.
+    """
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if device.type == "cpu":
+        torch.set_num_threads(options.threads)
+    try:
+        cases = _cases(options, Settings(device, options.seconds, options.compile), peers)
+    except ValueError as error:
+        parser.error(str(error))
+    with _own_stream(device):
+        dtypes = [DTYPES[name] for name in dict.fromkeys(case.dtype for case in cases)]
+        run = {
+            "command": " ".join(["tim bench", *(sys.argv[1:] if arguments is None else arguments)]),
+            "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+            "seconds": options.seconds,
+            "limits": machine.limits(device, dtypes, options.seconds),
+            "failures": [],
+        }
+        facts, rows = machine.describe(device), []
+        for number, case in enumerate(cases, start=1):
+            print(f"[{number}/{len(cases)}] {case.name}", file=sys.stderr, flush=True)
+            try:
+                rows.append(case.make())
+            except Exception as error:
+                traceback.print_exc()
+                run["failures"].append(f"{case.name}: {type(error).__name__}: {error}")
+            if number == len(cases) and device.type == "cuda":
+                run["gpu_state_after"] = machine.gpu_state()
+            result = report.document(facts, run, rows)
+            if options.json:  # each time: a benchmark that is stopped leaves what it has
+                report.save(result, options.json)
+    table.show(result)
+    return 1 if run["failures"] else 0
+
+
+def _cases(options: argparse.Namespace, settings: Settings, peers: Peers | None) -> list[Case]:
+    """All that the options name. Raises ValueError for an unknown name, or when nothing is left."""
+    names = options.names or OPERATION_NAMES
+    cases = [
+        case
+        for name in names
+        for case in (
+            _steps(options, settings, peers)
+            if name == "step"
+            else _operations(name, options, settings)
+        )
+    ]
+    if options.sizes:
+        known = list(dict.fromkeys(case.size for case in cases))
+        for size in options.sizes:
+            if size not in known:
+                raise ValueError(f"--sizes must be among {', '.join(known)}, got {size!r}")
+        cases = [case for case in cases if case.size in options.sizes]
+    if not cases:
+        raise ValueError(f"no measurement of {', '.join(names)} fits all of these options")
+    return cases
+
+
+def _operations(kernel: str, options: argparse.Namespace, settings: Settings) -> Iterator[Case]:
+    kind = settings.device.type
+    for operation in operations_of(kernel):
+        for size, dtype, direction in itertools.product(
+            operation.sizes(kind), options.dtypes or _DEFAULT_DTYPES[kind], operation.directions
+        ):
+            if direction in options.directions:
+                make = functools.partial(
+                    measure, operation, size, DTYPES[dtype], direction, settings
+                )
+                name = f"{operation.name} {size.name} {dtype} {direction}"
+                yield Case(name, size.name, dtype, make)
+
+
+def _steps(options: argparse.Namespace, settings: Settings, peers: Peers | None) -> Iterator[Case]:
+    # Imported here: operations can be measured where the model's dependencies are not installed.
+    from tim.bench.step import STEP_SIZES, measure_step
+
+    kind = settings.device.type
+    for size, dtype in itertools.product(STEP_SIZES[kind], options.dtypes or _STEP_DTYPES[kind]):
+        make = functools.partial(measure_step, size, DTYPES[dtype], settings, peers)
+        yield Case(f"step {size.name} {dtype}", size.name, dtype, make)
+
+
+def _own_stream(device: torch.device) -> AbstractContextManager:
+    """A side stream, for CUDA graphs cannot be captured on the default one."""
+    return torch.cuda.stream(torch.cuda.Stream()) if device.type == "cuda" else nullcontext()
+
+
+def _listed(choices: Sequence[str] | None = None) -> Callable[[str], tuple[str, ...]]:
+    """Parser of names with commas between them."""
+
+    def parse(text: str) -> tuple[str, ...]:
+        values = tuple(text.split(","))
+        for value in values:
+            if choices is not None and value not in choices:
+                known = ", ".join(choices)
+                raise argparse.ArgumentTypeError(f"must be among {known}, got {value!r}")
+        return values
+
+    return parse
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="tim bench",
+        description="Measure operations and training steps against PyTorch, both in one run.",
+    )
+    add = parser.add_argument
+    add(
+        "names",
+        nargs="*",
+        metavar="NAME",
+        help=f"{', '.join(OPERATION_NAMES)} (all of these), or step",
+    )
+    add("--device", choices=("cpu", "cuda"), help="cuda where there is one")
+    add("--sizes", type=_listed(), metavar="SIZE,...", help="all that the device has")
+    add(
+        "--dtypes",
+        type=_listed(tuple(DTYPES)),
+        metavar="DTYPE,...",
+        help="float32,bfloat16 and on a GPU float16; steps: float32, on a GPU bfloat16",
+    )
+    add(
+        "--directions",
+        type=_listed(DIRECTIONS),
+        default=DIRECTIONS,
+        metavar="DIRECTION,...",
+        help="forward,backward,tangent",
+    )
+    add("--compile", action="store_true", help="add torch.compile of the rivals (slow to compile)")
+    add("--threads", type=int, default=2, help="of a CPU (2)")
+    add("--seconds", type=float, default=0.4, help="for each function of a comparison (0.4)")
+    add("--json", metavar="FILE", help="write the results there")
+    return parser

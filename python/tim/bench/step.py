@@ -1,0 +1,190 @@
+"""The training step: exact derivative against finite difference, kernels against references.
+
+Every candidate works on the same weights, images, noise and times, and takes loss, backward pass
+and AdamW update (with learning rate 0, so that the weights stay what they are). The first one is
+the exact derivative on kernels, the package's default.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, replace
+
+import torch
+from torch import Tensor
+
+from tim import ops, transports
+from tim.bench.machine import name_of
+from tim.bench.measure import Settings
+from tim.bench.memory import peak_bytes
+from tim.bench.problem import relative_error
+from tim.bench.report import Candidate, Row
+from tim.bench.timing import compare
+from tim.models import ARCHITECTURES, TiM, TiMConfig
+from tim.objective import TransitionLoss
+
+TRANSPORT = transports.get("ot_fm", P_mean=-0.4)
+
+
+@dataclass(frozen=True)
+class StepSize:
+    """A model and the batch of one training step."""
+
+    name: str
+    config: TiMConfig
+    batch: int
+
+
+def _paper(name: str, batch: int) -> StepSize:
+    """Without the projection head, whose loss needs another network's features."""
+    return StepSize(name.removeprefix("tim-"), replace(ARCHITECTURES[name], z_dim=None), batch)
+
+
+STEP_SIZES: dict[str, tuple[StepSize, ...]] = {
+    "cpu": (
+        StepSize(
+            "digits",
+            TiMConfig(input_size=8, in_channels=1, hidden_size=96, depth=4, num_heads=4,
+                      num_classes=10),
+            128,
+        ),
+        StepSize(
+            "small",
+            TiMConfig(input_size=16, hidden_size=384, depth=12, num_heads=6, num_classes=10),
+            16,
+        ),
+    ),
+    "cuda": (_paper("tim-b4-256", 256), _paper("tim-xl2-256", 64)),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What all candidates of a comparison share."""
+
+    model: TiM
+    x: Tensor
+    z: Tensor
+    y: Tensor
+    t: Tensor
+    r: Tensor
+    dtype: torch.dtype  #: float32, or that of autocast
+
+    @classmethod
+    def random(cls, size: StepSize, dtype: torch.dtype, device: torch.device) -> Setup:
+        """Every weight random: a fresh network is zero, and so is its derivative."""
+        torch.manual_seed(0)
+        model = TiM(size.config).to(device)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if not parameter.any():
+                    parameter.normal_(std=0.02)
+        shape = (size.batch, size.config.in_channels, *(2 * [size.config.input_size]))
+        x, z = (torch.randn(shape, device=device) for _ in range(2))
+        y = torch.randint(size.config.num_classes, (size.batch,), device=device)
+        times = [TRANSPORT.sample_t(size.batch, device=device) for _ in range(2)]
+        t, r = torch.maximum(*times), torch.minimum(*times)
+        r[: size.batch // 2] = t[: size.batch // 2]
+        r[-round(0.1 * size.batch) :] = TRANSPORT.T_min
+        return cls(model, x, z, y, t, r, dtype)
+
+    def loss(self, derivative: str) -> TransitionLoss:
+        """As the released configurations train, half of the batch with r = t."""
+        return TransitionLoss(transport=TRANSPORT, derivative=derivative)
+
+    def autocast(self):
+        if self.dtype == torch.float32:
+            return nullcontext()
+        return torch.autocast(self.x.device.type, self.dtype)
+
+    def exact_derivative(self) -> Tensor:
+        """dF in float64."""
+        model = TiM(self.model.config).to(self.x.device, torch.float64)
+        model.load_state_dict(self.model.state_dict())
+        batch = [v.double() if v.is_floating_point() else v for v in self.batch]
+        with torch.no_grad(), ops.reference_only():
+            return self.loss("jvp")(model, *batch).derivative
+
+    @property
+    def batch(self) -> tuple[Tensor, ...]:
+        return self.x, self.z, self.y, self.t, self.r
+
+
+@dataclass(frozen=True)
+class StepCandidate:
+    """`objective()` gives the loss to differentiate and the network's time derivative."""
+
+    objective: Callable[[], tuple[Tensor, Tensor]]
+    model: torch.nn.Module
+    context: Callable = nullcontext
+
+
+#: Other implementations of the same step, by name.
+Peers = Callable[[Setup, bool], dict[str, StepCandidate]]
+
+
+def measure_step(
+    size: StepSize, dtype: torch.dtype, settings: Settings, peers: Peers | None = None
+) -> Row:
+    """Times, peak memory and derivative error of all candidates."""
+    device = settings.device
+    setup = Setup.random(size, dtype, device)
+    candidates = own_candidates(setup)
+    if peers is not None:
+        candidates |= peers(setup, settings.compile)
+    exact = setup.exact_derivative()
+    steps = {name: training_step(candidate, setup) for name, candidate in candidates.items()}
+    errors, peaks = {}, {}
+    for name, step in steps.items():
+        errors[name] = relative_error([step().detach()], [exact])
+        peaks[name] = peak_bytes(step, device)
+    # What a user's step costs includes its launches, so no CUDA graphs.
+    functions = {name: [step] for name, step in steps.items()}
+    times = compare(functions, device, settings.seconds, graphs=False)
+    kernels = [name for name, backends in ops.available().items() if device.type in backends]
+    return Row(
+        benchmark="step",
+        size=size.name,
+        shape={**asdict(size.config), "batch": size.batch},
+        dtype=name_of(dtype) + ("" if dtype == torch.float32 else " autocast"),
+        direction="step",
+        device=device.type,
+        runs_on=f"{device.type} kernels of {', '.join(kernels)}" if kernels else "PyTorch",
+        candidates={name: Candidate(times[name], peaks[name], errors[name]) for name in steps},
+    )
+
+
+def own_candidates(setup: Setup) -> dict[str, StepCandidate]:
+    """Both derivatives, on kernels and on the PyTorch references."""
+
+    def objective(derivative: str) -> Callable[[], tuple[Tensor, Tensor]]:
+        loss = setup.loss(derivative)
+
+        def evaluate() -> tuple[Tensor, Tensor]:
+            out = loss(setup.model, *setup.batch)
+            return out.loss, out.derivative
+
+        return evaluate
+
+    return {
+        f"{derivative}{suffix}": StepCandidate(objective(derivative), setup.model, context)
+        for derivative in ("jvp", "dde")
+        for suffix, context in (("", nullcontext), (", references", ops.reference_only))
+    }
+
+
+def training_step(candidate: StepCandidate, setup: Setup) -> Callable[[], Tensor]:
+    """A function that takes one step and returns the derivative it used."""
+    optimizer = torch.optim.AdamW(candidate.model.parameters(), lr=0.0, fused=True)
+
+    def step() -> Tensor:
+        with candidate.context():
+            with setup.autocast():
+                loss, derivative = candidate.objective()
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        return derivative
+
+    return step

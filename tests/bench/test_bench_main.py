@@ -1,0 +1,144 @@
+"""Real runs at tiny sizes, through the command line."""
+
+import json
+
+import pytest
+import torch
+
+from tim.bench import cases, main, measure, step
+from tim.bench.cases import Size
+from tim.bench.step import StepSize
+from tim.models import TiMConfig
+
+TINY = Size("tiny", 1, 6, 2, 8, 24, (4, 4, 4), 4)
+QUICK = ("--device", "cpu", "--seconds", "0.001", "--threads", "1")
+
+
+@pytest.fixture(autouse=True)
+def tiny(monkeypatch):
+    monkeypatch.setitem(cases.SIZES, "cpu", (TINY,))
+    config = TiMConfig(
+        input_size=8, hidden_size=32, depth=2, num_heads=2, num_classes=10, lora_hidden_size=8
+    )
+    monkeypatch.setitem(step.STEP_SIZES, "cpu", (StepSize("tiny", config, 10),))
+    monkeypatch.setattr("tim.bench.machine._COPY_BYTES", {"cpu": 1 << 16})
+    monkeypatch.setattr("tim.bench.machine._MATMUL_SIZE", {"cpu": 32})
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+def test_a_run_writes_what_it_shows(tmp_path, capsys) -> None:
+    path = tmp_path / "result.json"
+    arguments = ["swiglu", "interpolate", "--dtypes", "float32", "--json", str(path), *QUICK]
+    assert main(arguments) == 0
+    result = json.loads(path.read_text())
+    assert result["machine"]["device"] == "cpu" and result["machine"]["threads"] == 1
+    (run,) = result["runs"]
+    assert run["command"] == "tim bench " + " ".join(arguments)
+    assert run["limits"]["copy_bytes_per_second"] > 0
+    assert run["limits"]["matmul_flops_per_second"]["float32"] > 0
+    assert run["failures"] == []
+    assert [(row["benchmark"], row["direction"]) for row in result["rows"]] == [
+        ("swiglu", "forward"), ("swiglu", "backward"), ("swiglu", "tangent"),
+        ("interpolate", "forward"),
+    ]  # fmt: skip
+    for row in result["rows"]:
+        assert row["size"] == "tiny" and row["dtype"] == "float32"
+        assert set(row["candidates"]) == {"tim", "reference"}
+        for candidate in row["candidates"].values():
+            assert 0 < candidate["times"]["minimum"] <= candidate["times"]["median"]
+            assert candidate["error"] < 1e-5
+            assert candidate["peak_bytes"] > 0
+        assert row["copy_share"] > 0 and row["traffic_bytes"] > 0
+        assert row["residence"] in (*result["machine"]["caches"], "memory")
+    shown = capsys.readouterr().out
+    assert "swiglu" in shown and "of copy" in shown
+
+
+def test_options_choose_what_runs(tmp_path) -> None:
+    path = tmp_path / "result.json"
+    options = ["--dtypes", "bfloat16", "--directions", "backward", "--json", str(path)]
+    assert main(["adaln", *options, *QUICK]) == 0
+    rows = json.loads(path.read_text())["rows"]
+    assert [row["benchmark"] for row in rows] == ["adaln", "gated_adaln"]
+    assert {(row["dtype"], row["direction"]) for row in rows} == {("bfloat16", "backward")}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["softmax"], "operation must be one of interpolate, "),
+        (["swiglu", "--sizes", "huge"], "--sizes must be among tiny, got 'huge'"),
+        (["swiglu", "--dtypes", "int8"], "must be among float32, bfloat16, float16, got 'int8'"),
+        (["interpolate", "--directions", "tangent"], "no measurement of interpolate fits"),
+    ],
+)
+def test_mistakes_are_told_in_one_line(arguments, message, capsys) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main([*arguments, *QUICK])
+    assert stop.value.code == 2
+    assert message in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_failure_is_reported_and_the_rest_still_runs(tmp_path, monkeypatch, capsys) -> None:
+    def broken(gate, up):
+        raise RuntimeError("broken kernel")
+
+    swiglu = next(operation for operation in cases.OPERATIONS if operation.name == "swiglu")
+    object.__setattr__(swiglu, "op", broken)
+    path = tmp_path / "result.json"
+    try:
+        arguments = ["swiglu", "interpolate", "--dtypes", "float32", "--json", str(path), *QUICK]
+        assert main(arguments) == 1
+    finally:
+        object.__setattr__(swiglu, "op", cases.ops.swiglu)
+    result = json.loads(path.read_text())
+    assert [row["benchmark"] for row in result["rows"]] == ["interpolate"]
+    assert len(result["runs"][0]["failures"]) == 3
+    assert "failed: swiglu tiny float32 forward: RuntimeError: broken kernel" in (
+        capsys.readouterr().out
+    )
+
+
+def test_a_rival_that_fails_leaves_a_note(monkeypatch) -> None:
+    monkeypatch.setattr(measure, "why_no_compile", lambda device: None)
+    monkeypatch.setattr(torch, "compile", lambda function, **_: lambda *inputs: 1 / 0)
+    row = measure.measure(
+        cases.operations_of("swiglu")[0], TINY, torch.float32, "forward",
+        measure.Settings(torch.device("cpu"), seconds=0.001, compile=True),
+    )  # fmt: skip
+    assert set(row.candidates) == {"tim", "reference"}
+    assert row.notes == ["compile failed: ZeroDivisionError: division by zero"]
+
+
+def test_no_compiler_leaves_a_note(monkeypatch) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    row = measure.measure(
+        cases.operations_of("interpolate")[0], TINY, torch.float32, "forward",
+        measure.Settings(torch.device("cpu"), seconds=0.001, compile=True),
+    )  # fmt: skip
+    assert row.notes == ["torch.compile needs a C++ compiler: no no-such-compiler"]
+
+
+def test_steps_compare_both_derivatives(tmp_path, capsys) -> None:
+    path = tmp_path / "result.json"
+    assert main(["step", "--json", str(path), *QUICK]) == 0
+    (row,) = json.loads(path.read_text())["rows"]
+    assert row["benchmark"] == "step" and row["shape"]["batch"] == 10
+    assert list(row["candidates"]) == ["jvp", "jvp, references", "dde", "dde, references"]
+    for name, candidate in row["candidates"].items():
+        assert candidate["peak_bytes"] > 0
+        assert (candidate["error"] < 1e-5) == name.startswith("jvp")
+    assert "dde, references" in capsys.readouterr().out
+
+
+def test_a_step_leaves_the_weights_alone() -> None:
+    size = step.STEP_SIZES["cpu"][0]
+    setup = step.Setup.random(size, torch.float32, torch.device("cpu"))
+    before = {name: value.clone() for name, value in setup.model.state_dict().items()}
+    take = step.training_step(step.own_candidates(setup)["jvp"], setup)
+    first, second = take(), take()
+    assert torch.equal(first, second) and first.abs().max() > 0
+    for name, value in setup.model.state_dict().items():
+        assert torch.equal(value, before[name])

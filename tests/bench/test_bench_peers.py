@@ -1,0 +1,64 @@
+"""What we compare ourselves with does the same work: same network, same loss, same gradient."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tim.bench.step import Setup, StepSize
+from tim.models import TiMConfig
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+from peers import PlainTiM, peers, public_objective
+
+CONFIGS = {
+    "plain": TiMConfig(
+        input_size=8, hidden_size=48, depth=3, num_heads=2, num_classes=10,
+        use_new_embed=False, distance_aware=False,
+    ),
+    "all": TiMConfig(
+        input_size=8, hidden_size=48, depth=2, num_heads=3, num_classes=10, lora_hidden_size=16,
+        use_new_embed=True, distance_aware=True,
+    ),
+}  # fmt: skip
+
+
+@pytest.fixture(params=CONFIGS)
+def setup(request) -> Setup:
+    size = StepSize("test", CONFIGS[request.param], 10)
+    return Setup.random(size, torch.float32, torch.device("cpu"))
+
+
+def test_the_peer_is_the_same_network(setup) -> None:
+    plain = PlainTiM(setup.model.config)
+    plain.load_state_dict(setup.model.state_dict(), strict=True)
+    x = torch.randn(10, 4, 8, 8)
+    inputs = (x, setup.t, setup.r, setup.y)
+    expected = setup.model(*inputs)
+    assert expected.abs().max() > 0.1
+    torch.testing.assert_close(plain(*inputs), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_the_peer_takes_the_same_step(setup) -> None:
+    plain = PlainTiM(setup.model.config)
+    plain.load_state_dict(setup.model.state_dict())
+    loss, derivative = public_objective(plain, setup)
+    out = setup.loss("dde")(setup.model, *setup.batch)
+    # A float32 difference over 0.01 has lost two digits, on both sides.
+    torch.testing.assert_close(derivative, out.derivative, rtol=1e-2, atol=1e-2)
+    torch.testing.assert_close(loss, out.loss, rtol=1e-3, atol=1e-4)
+    assert derivative[:5].abs().max() == 0
+    assert derivative[5:].abs().max() > 0
+    loss.backward()
+    out.loss.backward()
+    ours = dict(setup.model.named_parameters())
+    for name, parameter in plain.named_parameters():
+        expected = ours[name].grad
+        error = (parameter.grad - expected).norm() / expected.norm().clamp(min=1e-6)
+        assert error < 2e-3, name
+
+
+def test_peers_are_compiled_only_when_asked(setup) -> None:
+    assert list(peers(setup, False)) == ["public dde"]
+    assert list(peers(setup, True)) == ["public dde", "public dde, compiled"]
