@@ -12,13 +12,15 @@ if(NOT CMAKE_CUDA_COMPILER)
 endif()
 
 if(CMAKE_CUDA_COMPILER)
-  set(CMAKE_CUDA_ARCHITECTURES ${TIM_CUDA_ARCHITECTURES})
+  set(CMAKE_CUDA_ARCHITECTURES ${TIM_CUDA_ARCHITECTURES})  # before the language is enabled
   enable_language(CUDA)
   set(CMAKE_CUDA_STANDARD 17)
   set(CMAKE_CUDA_STANDARD_REQUIRED ON)
-  set(CMAKE_CUDA_VISIBILITY_PRESET hidden)
-  # One binary for machines with any CUDA runtime or none.
-  set_target_properties(_C PROPERTIES CUDA_RUNTIME_LIBRARY Static)
+  # Static: one binary for machines with any CUDA runtime or none.
+  set_target_properties(_C PROPERTIES
+    CUDA_ARCHITECTURES "${TIM_CUDA_ARCHITECTURES}"
+    CUDA_RUNTIME_LIBRARY Static
+    CUDA_VISIBILITY_PRESET hidden)
   target_sources(_C PRIVATE ${cuda_sources})
   target_compile_definitions(_C PRIVATE TIM_HAS_CUDA)
   set(cuda_version ${CMAKE_CUDA_COMPILER_VERSION})

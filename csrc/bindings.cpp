@@ -123,7 +123,7 @@ void define_kernels(py::module_ m, const Kernels& k) {
            "qkv tqkv q_weight q_bias k_weight k_bias cos sin q k v tq tk tv "
            "batch# tokens# heads# head_dim# stride_b stride_n tstride_b tstride_n eps dtype where");
     define(m, "transition_loss", k.transition_loss,
-           "F x z d? d_minus? cond? null? coefficients time_weight first# target loss denoising "
+           "F x z d? d_minus? cond? null? coefficients time_weight first target loss denoising "
            "weight batch# channels# positions# cosine dtype data_dtype where");
     define(m, "transition_loss_backward", k.transition_loss_backward,
            "scale F target dF batch# channels# positions# cosine dtype data_dtype where");
