@@ -1,16 +1,20 @@
 """Transition Models (TiM, arXiv 2509.04394): image generators for any number of sampling steps.
 
-model = tim.TiM(tim.TiMConfig(...))            the network, F(x_t, t, r, y)
-tp = tim.transports.get("ot_fm")               how noise and data mix
-loss = tim.TransitionLoss(transport=tp)        the objective, with the exact time derivative
-images = tim.sample(model, y, noise, steps=4, transport=tp)
-model = tim.load("run directory | file.safetensors | hub/name")
+    model = tim.TiM(tim.TiMConfig(...))            the network, F(x_t, t, r, y)
+    tp = tim.transports.get("ot_fm")               how noise and data mix
+    loss = tim.TransitionLoss(transport=tp)        the objective, with the exact time derivative
+    images = tim.sample(model, y, noise, steps=4, transport=tp)
+    model = tim.load("run directory | file.safetensors | hub/name")
 """
 
-from tim import ops, transports
-from tim.models import TiM, TiMConfig, load
-from tim.objective import TransitionLoss
-from tim.sampler import sample
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from tim import ops, transports
+    from tim.models import TiM, TiMConfig, load
+    from tim.objective import TransitionLoss
+    from tim.sampler import sample
 
 __version__ = "0.1.0"
 
@@ -24,3 +28,25 @@ __all__ = [
     "sample",
     "transports",
 ]
+
+_MODULES = {
+    "TiM": "tim.models",
+    "TiMConfig": "tim.models",
+    "TransitionLoss": "tim.objective",
+    "load": "tim.models",
+    "sample": "tim.sampler",
+}
+
+
+def __getattr__(name: str) -> Any:
+    # On first use (PEP 562), so that `tim --help` does not wait for torch.
+    if name in ("ops", "transports"):
+        return import_module(f"tim.{name}")
+    if name not in _MODULES:
+        raise AttributeError(f"module 'tim' has no attribute {name!r}")
+    value = globals()[name] = getattr(import_module(_MODULES[name]), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return __all__
