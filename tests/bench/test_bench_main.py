@@ -112,6 +112,23 @@ def test_a_rival_that_fails_leaves_a_note(monkeypatch) -> None:
     assert row.notes == ["compile failed: ZeroDivisionError: division by zero"]
 
 
+def test_without_memory_for_all_the_operation_is_timed_alone(monkeypatch) -> None:
+    compare = measure.compare
+
+    def compare_few(functions, *rest):
+        if "reference" in functions:
+            raise torch.OutOfMemoryError("no memory\nat all")
+        return compare(functions, *rest)
+
+    monkeypatch.setattr(measure, "compare", compare_few)
+    row = measure.measure(
+        cases.operations_of("interpolate")[0], TINY, torch.float32, "forward",
+        measure.Settings(torch.device("cpu"), seconds=0.001),
+    )  # fmt: skip
+    assert set(row.candidates) == {"tim"}
+    assert row.notes == ["no memory to time the rivals: no memory"]
+
+
 def test_no_compiler_leaves_a_note(monkeypatch) -> None:
     monkeypatch.setenv("CXX", "no-such-compiler")
     row = measure.measure(
@@ -137,7 +154,8 @@ def test_a_step_leaves_the_weights_alone() -> None:
     size = step.STEP_SIZES["cpu"][0]
     setup = step.Setup.random(size, torch.float32, torch.device("cpu"))
     before = {name: value.clone() for name, value in setup.model.state_dict().items()}
-    take = step.training_step(step.own_candidates(setup)["jvp"], setup)
+    optimizer = torch.optim.AdamW(setup.model.parameters(), lr=0.0, fused=True)
+    take = step.training_step(step.own_candidates(setup)["jvp"], setup, optimizer)
     first, second = take(), take()
     assert torch.equal(first, second) and first.abs().max() > 0
     for name, value in setup.model.state_dict().items():

@@ -4,6 +4,6 @@ Everything that a figure is compared with is measured in the same run, in turns 
 docs/benchmarks.md for the method. Nothing here is imported by the rest of the package.
 """
 
-from tim.bench.main import main
+from tim.bench.command import main
 
 __all__ = ["main"]

@@ -12,7 +12,7 @@ from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tim import ops, transports
 from tim.bench.machine import name_of
@@ -55,7 +55,7 @@ STEP_SIZES: dict[str, tuple[StepSize, ...]] = {
             16,
         ),
     ),
-    "cuda": (_paper("tim-b4-256", 256), _paper("tim-xl2-256", 64)),
+    "cuda": (_paper("tim-b4-256", 256), _paper("tim-xl2-256", 32)),
 }  # fmt: skip
 
 
@@ -116,7 +116,7 @@ class StepCandidate:
     """`objective()` gives the loss to differentiate and the network's time derivative."""
 
     objective: Callable[[], tuple[Tensor, Tensor]]
-    model: torch.nn.Module
+    model: nn.Module
     context: Callable = nullcontext
 
 
@@ -134,11 +134,21 @@ def measure_step(
     if peers is not None:
         candidates |= peers(setup, settings.compile)
     exact = setup.exact_derivative()
-    steps = {name: training_step(candidate, setup) for name, candidate in candidates.items()}
-    errors, peaks = {}, {}
-    for name, step in steps.items():
-        errors[name] = relative_error([step().detach()], [exact])
-        peaks[name] = peak_bytes(step, device)
+    steps: dict[str, Callable[[], Tensor]] = {}
+    errors, peaks, notes = {}, {}, []
+    optimizers: dict[nn.Module, torch.optim.Optimizer] = {}
+    for name, candidate in candidates.items():
+        model = candidate.model
+        if model not in optimizers:
+            optimizers[model] = torch.optim.AdamW(model.parameters(), lr=0.0, fused=True)
+        step = training_step(candidate, setup, optimizers[model])
+        try:
+            errors[name] = relative_error([step().detach()], [exact])
+            peaks[name], steps[name] = peak_bytes(step, device), step
+        except torch.OutOfMemoryError as error:
+            if not steps:
+                raise
+            notes.append(f"{name}: {str(error).splitlines()[0]}")
     # What a user's step costs includes its launches, so no CUDA graphs.
     functions = {name: [step] for name, step in steps.items()}
     times = compare(functions, device, settings.seconds, graphs=False)
@@ -152,6 +162,7 @@ def measure_step(
         device=device.type,
         runs_on=f"{device.type} kernels of {', '.join(kernels)}" if kernels else "PyTorch",
         candidates={name: Candidate(times[name], peaks[name], errors[name]) for name in steps},
+        notes=notes,
     )
 
 
@@ -174,9 +185,10 @@ def own_candidates(setup: Setup) -> dict[str, StepCandidate]:
     }
 
 
-def training_step(candidate: StepCandidate, setup: Setup) -> Callable[[], Tensor]:
+def training_step(
+    candidate: StepCandidate, setup: Setup, optimizer: torch.optim.Optimizer
+) -> Callable[[], Tensor]:
     """A function that takes one step and returns the derivative it used."""
-    optimizer = torch.optim.AdamW(candidate.model.parameters(), lr=0.0, fused=True)
 
     def step() -> Tensor:
         with candidate.context():
