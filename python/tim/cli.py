@@ -26,6 +26,7 @@ COMMANDS = {
     ),
     "evaluate": ("tim.commands.evaluate", "quality of a run's samples against the number of steps"),
     "encode": ("tim.encode", "latents of a folder of images, with an autoencoder of diffusers"),
+    "bench": ("tim.bench", "times of the operations and of the training step, against PyTorch"),
     "info": ("tim.info", "versions, devices and which operations run on kernels"),
 }
 
