@@ -6,14 +6,15 @@ Nothing but `tim.ops` and `tim.info` imports this module. Importing it never fai
 from __future__ import annotations
 
 import json
-from pathlib import Path
+from importlib import resources
 from types import ModuleType
 
 # torch comes first on purpose: the extension's kernels then resolve to torch's OpenMP runtime, and
 # both share one thread pool instead of two that fight for the same cores.
 import torch  # noqa: F401
 
-_BUILD_INFO = Path(__file__).with_name("_build_info.json")
+# Not a path beside this file: an editable install keeps sources and build products apart.
+_BUILD_INFO = resources.files("tim").joinpath("_build_info.json")
 
 C: ModuleType | None
 REASON: str | None
