@@ -90,6 +90,7 @@ from tim import _extension, ops
 
 if _extension.C is None:
     sys.exit(_extension.REASON)
+print(_extension.C.__file__)
 available = ops.available()
 for name, backends in available.items():
     print(f"{name}: {', '.join(backends) or 'PyTorch'}")
