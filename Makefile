@@ -29,7 +29,7 @@ demo: $(INSTALLED)
 	$(BIN)/tim evaluate $(RUN)
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest -q
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

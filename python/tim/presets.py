@@ -42,7 +42,7 @@ def digits() -> RunConfig:
             warmup_steps=100,
             ema_halflife_images=20_000,
         ),
-        sample=SampleConfig(steps=(1, 2, 4, 8, 16, 32)),
+        sample=SampleConfig(steps=(1, 2, 4, 8, 16, 32), columns=20),
     )
 
 
