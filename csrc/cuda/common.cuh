@@ -116,7 +116,7 @@ TIM_DEVICE void write(T* p, const Pack<T, n>& pack) {
     for (int i = 0; i < n / width; ++i) {
         Word word;
         memcpy(&word, pack.values + i * width, sizeof(word));
-        reinterpret_cast<Word*>(p)[i] = word;
+        store_global(reinterpret_cast<Word*>(p) + i, word);
     }
 }
 

@@ -1,5 +1,5 @@
-// All that the kernels use of CUDA beyond plain C++, in one file: a header with the same names lets
-// the same sources run where there is no GPU.
+// All that the kernels use of CUDA beyond plain C++, in one file: with another <cuda_runtime.h> the
+// same sources run where there is no GPU.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -10,6 +10,7 @@
 namespace tim::cuda {
 
 constexpr int kWarp = 32;
+constexpr int kMaxGridY = 65535;
 
 TIM_DEVICE int lane() { return threadIdx.x % kWarp; }
 
@@ -31,6 +32,25 @@ TIM_DEVICE float* shared_memory() {
 template <class Word>
 TIM_DEVICE Word load_global(const Word* p) {
     return __ldg(p);
+}
+
+// One store each, spelled out for the wide ones: the compiler now and then splits the store of a
+// struct into its members.
+template <class Word>
+TIM_DEVICE void store_global(Word* p, Word word) {
+#ifdef __CUDA_ARCH__
+    if constexpr (sizeof(Word) == 16) {
+        asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(p), "r"(word.x), "r"(word.y),
+                     "r"(word.z), "r"(word.w)
+                     : "memory");
+        return;
+    } else if constexpr (sizeof(Word) == 8) {
+        asm volatile("st.global.v2.u32 [%0], {%1, %2};" ::"l"(p), "r"(word.x), "r"(word.y)
+                     : "memory");
+        return;
+    }
+#endif
+    *p = word;
 }
 
 // What an error message says of a call, and its stream.

@@ -9,6 +9,7 @@ namespace tim::cuda {
 
 void add_interpolate(Kernels&);
 void add_swiglu(Kernels&);
+void add_transition_loss(Kernels&);
 
 void fail(const Call& call, cudaError_t error) {
     std::string shape;
@@ -32,6 +33,7 @@ const Kernels& kernels() {
         Kernels kernels{};
         add_interpolate(kernels);
         add_swiglu(kernels);
+        add_transition_loss(kernels);
         return kernels;
     }();
     return table;

@@ -32,13 +32,30 @@ TIM_HD float cosine(float dot, float F_norm, float target_norm) {
     return dot / (F_norm * target_norm);
 }
 
+// A number that many are divided by, where divisions are slow: the remainder of the product with
+// its inverse corrects it to the quotient.
+struct Divisor {
+    float value, inverse;
+};
+
+TIM_HD Divisor make_divisor(float value) { return {value, 1.0f / value}; }
+
+TIM_HD float quotient(float a, float b) { return a / b; }
+
+TIM_HD float quotient(float a, Divisor b) {
+    const float q = a * b.inverse;
+    return fmaf(fmaf(-q, b.value, a), b.inverse, q);
+}
+
 // d/dF of the two terms; `squares` and `cosines` are their weights, 2 scale / (C P) and scale / P.
 // The gradient of -cos is (cos u - v) / |F| with u and v the directions of F and target. They are
 // true quotients, as products with 1 / |F| would leave rounding noise where the difference is zero
 // (always with one channel), and dividing by a small |F| would make that noise large.
+template <class Number>
 TIM_HD float loss_gradient(float F, float target, float squares, float cosines, float cosine,
-                           float F_norm, float target_norm) {
-    const float across = (cosine * (F / F_norm) - target / target_norm) / F_norm;
+                           Number F_norm, Number target_norm) {
+    const float across =
+        quotient(cosine * quotient(F, F_norm) - quotient(target, target_norm), F_norm);
     return squares * (F - target) + cosines * across;
 }
 
