@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -11,9 +12,9 @@ from torch import Tensor
 
 from tim.ops import _dispatch as dispatch
 
-#: Elements of one tile of the score matrix. Tiles of this size stay in a core's cache and bound the
-#: memory of the tangent whatever the sequence length.
-TILE_ELEMENTS = 1 << 18
+#: Elements of one tile of the score matrix, which bounds the memory of the tangent whatever the
+#: sequence length: on a CPU what stays in a core's cache, on a GPU what keeps it busy.
+TILE_ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 25}
 BACKENDS = ("auto", "sdpa", "reference")
 
 
@@ -116,21 +117,27 @@ def _dense(q: Tensor, k: Tensor, v: Tensor, scale: float, backend: str) -> Tenso
     primals, tangents = dispatch.split_tangents(q, k, v)
     if backend == "reference" or (batched and tangents is not None):
         return dispatch.drop_tangent_graph(attention_reference(q, k, v, scale))
-    out = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in primals), scale=scale)
-    out = out.transpose(1, 2).contiguous()
+    if backend == "auto" and _plain_is_faster(q, k):
+        out = attention_reference(*primals, scale)
+    else:
+        out = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in primals), scale=scale)
+        out = out.transpose(1, 2).contiguous()
     if tangents is None:
         return out
     t_out = _attention_tangent(*(x.detach() for x in primals), out.detach(), *tangents, scale)
     return dispatch.make_dual(out, t_out)
 
 
-def _heads_first(x: Tensor | None) -> Tensor | None:
-    """[B, N, H, D] to contiguous [B H, N, D], at least float32: scores of half precision would cost
-    the tangent more accuracy than everything else together."""
-    if x is None:
-        return None
+def _plain_is_faster(q: Tensor, k: Tensor) -> bool:
+    """Whether the plain formula beats scaled_dot_product_attention.
+
+    On CPUs its backward in half precision takes 2 to 20 times as long up to 256 keys (PyTorch 2.13,
+    benchmarks/bench_attention.py); a matrix of 256 columns is still linear in the queries.
+    """
     return (
-        x.transpose(1, 2).flatten(0, 1).to(torch.promote_types(x.dtype, torch.float32)).contiguous()
+        q.device.type == "cpu"
+        and q.dtype in (torch.bfloat16, torch.float16)
+        and (k.shape[1] <= 256)
     )
 
 
@@ -144,41 +151,69 @@ def _tangent(
     t_v: Tensor | None,
     scale: float,
 ) -> Tensor:
+    operands = tuple(map(_heads_first, (q, k, v, out, t_q, t_k, t_v)))
+    result = dispatch.empty_like(q)
+    if not result.numel():
+        return result
     batch, tokens, heads, _ = q.shape
-    operands = [_heads_first(x) for x in (q, k, v, out, t_q, t_k, t_v)]
-    result = torch.empty_like(operands[0])
-    keys = k.shape[1]
-    rows = max(1, min(tokens, TILE_ELEMENTS // keys))
-    group = max(1, TILE_ELEMENTS // (max(tokens, 1) * keys))
-    for head in range(0, batch * heads, group):
-        these = slice(head, head + group)
-        _, key, value, _, _, t_key, t_value = (None if x is None else x[these] for x in operands)
-        for row in range(0, tokens, rows):
-            tile = (these, slice(row, row + rows))
-            query, output, t_query = (
-                None if x is None else x[tile] for x in (operands[0], operands[3], operands[4])
-            )
-            # Autocast reaches into opaque operations and would round the float32 scores.
-            with torch.autocast(q.device.type, enabled=False):
-                result[tile] = _tile(query, key, value, output, t_query, t_key, t_value, scale)
-    return result.unflatten(0, (batch, heads)).transpose(1, 2).to(q.dtype).contiguous()
+    keys, tile = k.shape[1], TILE_ELEMENTS[q.device.type]
+    target = result.transpose(1, 2)
+    # Autocast reaches into opaque operations and would round the float32 scores.
+    with torch.autocast(q.device.type, enabled=False):
+        if heads * tokens * keys <= tile // 4:
+            # Short sequences: one copy makes a batch of many samples out of many small products.
+            group = max(1, tile // (heads * tokens * keys))
+            for start in range(0, batch, group):
+                chosen = slice(start, start + group)
+                parts = _each(operands, lambda x, chosen=chosen: x[chosen].flatten(0, 1))
+                target[chosen] = _rows(*parts, scale).unflatten(0, (-1, heads))
+            return result
+        rows = max(1, min(tokens, tile // keys))
+        group = max(1, tile // (rows * keys))
+        for sample in range(batch):
+            for head in range(0, heads, group):
+                some = slice(head, head + group)
+                q_, k_, v_, o_, tq, tk, tv = _each(operands, lambda x, s=sample, h=some: x[s, h])
+                for row in range(0, tokens, rows):
+                    few = slice(row, row + rows)
+                    query = _each((q_, o_, tq), lambda x, few=few: x[:, few])
+                    part = _rows(query[0], k_, v_, query[1], query[2], tk, tv, scale)
+                    target[sample, some, few] = part
+    return result
 
 
-def _tile(q, k, v, out, t_q, t_k, t_v, scale: float) -> Tensor:
+def _heads_first(x: Tensor | None) -> Tensor | None:
+    """[B, N, H, D] as [B, H, N, D], at least float32: scores of half precision would cost the
+    tangent more accuracy than everything else together."""
+    if x is None:
+        return None
+    return x.to(torch.promote_types(x.dtype, torch.float32)).transpose(1, 2)
+
+
+def _each(operands: tuple, function: Callable[[Tensor], Tensor]) -> tuple:
+    return tuple(None if x is None else function(x) for x in operands)
+
+
+def _rows(q, k, v, out, t_q, t_k, t_v, scale: float) -> Tensor:
     """The tangent of some query rows against all keys; every operand [heads, rows, D]."""
-    p = torch.bmm(q, k.mT).mul_(scale).softmax(-1)
+    p = _scores(q, k, scale).softmax(-1)
     t_out = torch.zeros_like(out) if t_v is None else torch.bmm(p, t_v)
     if t_q is None and t_k is None:
         return t_out
     if t_q is None:
-        g = torch.bmm(q, t_k.mT)
+        g = _scores(q, t_k, scale)
     else:
-        g = torch.bmm(t_q, k.mT)
+        g = _scores(t_q, k, scale)
         if t_k is not None:
-            g.baddbmm_(q, t_k.mT)
-    g.mul_(p).mul_(scale)
+            g.baddbmm_(q, t_k.mT, alpha=scale)
+    g.mul_(p)
     t_out.baddbmm_(g, v)
     return t_out.addcmul_(g.sum(-1, keepdim=True), out, value=-1)
+
+
+def _scores(q: Tensor, k: Tensor, scale: float) -> Tensor:
+    scores = q.new_empty(q.shape[0], q.shape[1], k.shape[1])
+    return scores.baddbmm_(q, k.mT, beta=0, alpha=scale)
 
 
 def _fake(q: Tensor, *_: object) -> Tensor:
