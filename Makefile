@@ -9,35 +9,36 @@ RUN ?= runs/demo
 TIM_CUDA ?= $(if $(shell command -v nvidia-smi),AUTO,OFF)
 
 BIN := $(VENV)/bin
-INSTALLED := $(VENV)/.installed-$(TIM_CUDA)
+DEMO := $(VENV)/.installed-logging-$(TIM_CUDA)
+DEV := $(VENV)/.installed-dev-$(TIM_CUDA)
 BUILD_INPUTS := pyproject.toml constraints.txt CMakeLists.txt $(shell find csrc cmake -type f)
 
 .PHONY: demo test lint format clean
 .DELETE_ON_ERROR:
 
-$(INSTALLED): $(BUILD_INPUTS)
+# The stem is the extra to install.
+$(VENV)/.installed-%-$(TIM_CUDA): $(BUILD_INPUTS)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	SKBUILD_CMAKE_DEFINE=TIM_CUDA=$(TIM_CUDA) \
-	  $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
-	rm -f $(VENV)/.installed-*
+	  $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[$*]"
 	touch $@
 
-demo: $(INSTALLED)
+demo: $(DEMO)
 	rm -rf $(RUN)
 	$(BIN)/tim train digits --run $(RUN)
 	$(BIN)/tim sample $(RUN) --steps 1,2,4,8,16,32 --out $(RUN)/samples.png
 	$(BIN)/tim evaluate $(RUN)
 
-test: $(INSTALLED)
+test: $(DEV)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2
 
-lint: $(INSTALLED)
+lint: $(DEV)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' \
 	  | xargs $(BIN)/clang-format --dry-run --Werror
 
-format: $(INSTALLED)
+format: $(DEV)
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 	find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' \
