@@ -54,8 +54,7 @@ void forward(const T* xs, const T* ys, Rows<T> gates, Rows<T> shifts, Rows<T> sc
     });
 }
 
-// Sums over tokens are taken in chunks of this many, whatever the number of threads, and the chunks
-// are added in order: the result depends on the input alone.
+// Tokens whose contributions to dgate, dshift and dscale share a row of partial sums, see sum_rows.
 constexpr int64_t kChunk = 32;
 
 template <bool gated, class T>
@@ -130,8 +129,7 @@ void backward(const T* douts, const T* dress, const T* hs, const T* ys, Rows<T> 
     parallel_for(size.batch, chunks * kSums * n, threads, [&](int64_t begin, int64_t end, int64_t) {
         for (int64_t sample = begin; sample < end; ++sample) {
             float* const sums = partial.data + sample * chunks * kSums * n;
-            for (int64_t chunk = 1; chunk < chunks; ++chunk)
-                accumulate(sums, sums + chunk * kSums * n, kSums * n);
+            sum_rows(sums, chunks, kSums * n);
             convert(dshifts + sample * n, sums, n);
             convert(dscales + sample * n, sums + n, n);
             if (gated) convert(dgates + sample * n, sums + 2 * n, n);

@@ -197,9 +197,9 @@ void write_gradient(const Token& token, T* dx) {
     }
 }
 
-// Sums over tokens are taken in chunks of this many, whatever the number of threads, and the chunks
-// are added in order: the result depends on the input alone.
-constexpr int64_t kChunk = 32;
+// Tokens whose contributions to the gradients of the weights share a row of partial sums, see
+// sum_rows. Few, as each adds one term per head.
+constexpr int64_t kChunk = 4;
 
 template <class T>
 void backward(const T* gq, const T* gk, const T* gv, Packed<T> qkv, const float* q_weight,
@@ -227,8 +227,7 @@ void backward(const T* gq, const T* gk, const T* gv, Packed<T> qkv, const float*
             copy(gv + from, dx + 2 * width, width);
         }
     });
-    for (int64_t chunk = 1; chunk < chunks; ++chunk)
-        accumulate(partial.data, partial.data + chunk * 4 * n, 4 * n);
+    sum_rows(partial.data, chunks, 4 * n);
     copy(partial.data, dq_weight, n);
     copy(partial.data + n, dq_bias, n);
     copy(partial.data + 2 * n, dk_weight, n);

@@ -35,7 +35,7 @@ inline float centred_squares(const float* x, int64_t n, float mean) {
 }
 
 // y += x
-inline void accumulate(float* y, const float* x, int64_t n) {
+inline void add_row(float* y, const float* x, int64_t n) {
 #pragma omp simd
     for (int64_t i = 0; i < n; ++i) y[i] += x[i];
 }
@@ -43,6 +43,17 @@ inline void accumulate(float* y, const float* x, int64_t n) {
 inline void fill_zero(float* y, int64_t n) {
 #pragma omp simd
     for (int64_t i = 0; i < n; ++i) y[i] = 0.0f;
+}
+
+// Adds `count` rows of n values into the first one, and uses up the others.
+//
+// Sums over tokens end here: each chunk of a fixed number of tokens has a row, so the result does
+// not depend on the number of threads, and in pairs the error grows with the logarithm of the
+// count.
+inline void sum_rows(float* rows, int64_t count, int64_t n) {
+    for (int64_t step = 1; step < count; step *= 2)
+        for (int64_t i = 0; i + step < count; i += 2 * step)
+            add_row(rows + i * n, rows + (i + step) * n, n);
 }
 
 template <class T>

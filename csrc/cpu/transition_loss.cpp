@@ -126,18 +126,20 @@ void forward(const Inputs<T, D>& in, const float* time_weight, D* target, float*
         float* const row = scratch.data + id * 4 * kBlock;
         const Angles angles(row + kBlock);
         if (cosine) fill_zero(row + kBlock, 3 * kBlock);
-        float squares = 0.0f;
+        double squares = 0.0;
         for (int64_t channel = 0; channel < size.channels; ++channel) {
             const int64_t at = sample * numel + channel * size.positions + offset;
             compute_target(in, sample, at, at - in.first * numel, row, n);
             const T* F = in.F + at;
             D* out = target + at;
             // The loss sees the stored target, rounded to its dtype, as the backward pass will.
-#pragma omp simd reduction(+ : squares)
+            float channel_squares = 0.0f;
+#pragma omp simd reduction(+ : channel_squares)
             for (int64_t i = 0; i < n; ++i) {
                 store(out + i, row[i]);
-                squares += math::squared_error(load(F + i), load(out + i));
+                channel_squares += math::squared_error(load(F + i), load(out + i));
             }
+            squares += channel_squares;
             if (cosine) add_products(F, out, angles, n);
         }
         float distance = 0.0f;
@@ -147,7 +149,7 @@ void forward(const Inputs<T, D>& in, const float* time_weight, D* target, float*
             for (int64_t i = 0; i < n; ++i) distance += 1.0f - angles.cosine[i];
         }
         float* const result = partial.data + 2 * (sample * blocks + offset / kBlock);
-        result[0] = squares;
+        result[0] = float(squares);
         result[1] = distance;
     });
     for (int64_t sample = 0; sample < size.batch; ++sample) {
