@@ -54,82 +54,72 @@ void forward(const T* xs, const T* ys, Rows<T> gates, Rows<T> shifts, Rows<T> sc
     });
 }
 
-// Tokens whose contributions to dgate, dshift and dscale share a row of partial sums, see sum_rows.
+// The gradients of one token; what it adds to dshift, dscale and dgate goes into `sums` [3, C].
+template <bool gated, class T>
+void backward_token(const T* dout, const T* dres, const T* h, const T* y, const T* gate,
+                    const T* scale, float mean, float rstd, T* dx, T* dy, float* sums, int64_t n) {
+    float* const dshift = sums;
+    float* const dscale = sums + n;
+    float* const dgate = sums + 2 * n;
+    float sum = 0.0f, sum_xhat = 0.0f;
+#pragma omp simd reduction(+ : sum, sum_xhat)
+    for (int64_t i = 0; i < n; ++i) {
+        const float d = load(dout + i);
+        const float xhat = math::normalise(load(h + i), mean, rstd);
+        const float g = math::modulate_gradient(d, load(scale + i));
+        sum += g;
+        sum_xhat += g * xhat;
+        dshift[i] += d;
+        dscale[i] += d * xhat;
+    }
+    const float mean_g = sum / n, mean_xhat_g = sum_xhat / n;
+    // xhat and g once more from the first-level cache: storing them would be slower.
+#pragma omp simd
+    for (int64_t i = 0; i < n; ++i) {
+        const float xhat = math::normalise(load(h + i), mean, rstd);
+        const float g = math::modulate_gradient(load(dout + i), load(scale + i));
+        const float dh =
+            load(dres + i) + math::layer_norm_jacobian(g, xhat, mean_g, mean_xhat_g, rstd);
+        store(dx + i, dh);
+        if (gated) {
+            store(dy + i, load(gate + i) * dh);
+            dgate[i] += load(y + i) * dh;
+        }
+    }
+}
+
+// Tokens whose contributions to dshift, dscale and dgate share a row of partial sums, see sum_rows.
 constexpr int64_t kChunk = 32;
 
 template <bool gated, class T>
-void backward(const T* douts, const T* dress, const T* hs, const T* ys, Rows<T> gates,
+void backward(const T* douts, Rows<T> dress, const T* hs, const T* ys, Rows<T> gates,
               Rows<T> scales, const float* means, const float* rstds, T* dxs, T* dys, T* dgates,
               T* dshifts, T* dscales, Size size, int64_t threads) {
     const int64_t n = size.channels;
-    constexpr int64_t kSums = gated ? 3 : 2;
     const int64_t chunks = size.tokens > 0 ? ceil_div(size.tokens, kChunk) : 1;
-    const Scratch scratch(threads * 2 * n);
-    const Scratch partial(size.batch * chunks * kSums * n);
-    const auto run_chunk = [&](int64_t chunk, float* xhat, float* grad) {
-        float* const dshift = partial.data + chunk * kSums * n;
-        float* const dscale = dshift + n;
-        float* const dgate = dscale + n;
-        fill_zero(dshift, kSums * n);
-        const int64_t sample = chunk / chunks;
-        const int64_t first = chunk % chunks * kChunk;
-        const int64_t last = first + kChunk < size.tokens ? first + kChunk : size.tokens;
-        const T* scale = row_of(scales, sample);
-        const T* gate = gated ? row_of(gates, sample) : nullptr;
-        for (int64_t i_token = first; i_token < last; ++i_token) {
-            const int64_t token = sample * size.tokens + i_token;
-            const float mean = means[token], rstd = rstds[token];
-            const T* h = hs + token * n;
-            const T* dout = douts + token * n;
-            float sum = 0.0f, sum_xhat = 0.0f;
-#pragma omp simd reduction(+ : sum, sum_xhat)
-            for (int64_t i = 0; i < n; ++i) {
-                const float d = load(dout + i);
-                const float x = math::normalise(load(h + i), mean, rstd);
-                const float g = d * (1.0f + load(scale + i));
-                xhat[i] = x;
-                grad[i] = g;
-                sum += g;
-                sum_xhat += g * x;
-                dshift[i] += d;
-                dscale[i] += d * x;
-            }
-            const float mean_grad = sum / n, mean_xhat_grad = sum_xhat / n;
-            if (dress != nullptr) {
-                const T* dres = dress + token * n;
-#pragma omp simd
-                for (int64_t i = 0; i < n; ++i)
-                    grad[i] =
-                        load(dres + i) + math::layer_norm_jacobian(grad[i], xhat[i], mean_grad,
-                                                                   mean_xhat_grad, rstd);
-            } else {
-#pragma omp simd
-                for (int64_t i = 0; i < n; ++i)
-                    grad[i] = math::layer_norm_jacobian(grad[i], xhat[i], mean_grad, mean_xhat_grad,
-                                                        rstd);
-            }
-            convert(dxs + token * n, grad, n);
-            if (gated) {
-                const T* y = ys + token * n;
-                T* dy = dys + token * n;
-#pragma omp simd
-                for (int64_t i = 0; i < n; ++i) {
-                    store(dy + i, load(gate + i) * grad[i]);
-                    dgate[i] += load(y + i) * grad[i];
+    const Scratch partial(size.batch * chunks * 3 * n);
+    parallel_for(
+        size.batch * chunks, kChunk * n, threads, [&](int64_t begin, int64_t end, int64_t) {
+            for (int64_t chunk = begin; chunk < end; ++chunk) {
+                float* const sums = partial.data + chunk * 3 * n;
+                fill_zero(sums, 3 * n);
+                const int64_t sample = chunk / chunks;
+                const int64_t first = chunk % chunks * kChunk;
+                const int64_t last = first + kChunk < size.tokens ? first + kChunk : size.tokens;
+                for (int64_t i = first; i < last; ++i) {
+                    const int64_t token = sample * size.tokens + i;
+                    const int64_t at = token * n;
+                    backward_token<gated>(
+                        douts + at, row_of(dress, token), hs + at, gated ? ys + at : nullptr,
+                        gated ? row_of(gates, sample) : nullptr, row_of(scales, sample),
+                        means[token], rstds[token], dxs + at, gated ? dys + at : nullptr, sums, n);
                 }
             }
-        }
-    };
-    parallel_for(size.batch * chunks, kChunk * n, threads,
-                 [&](int64_t begin, int64_t end, int64_t id) {
-                     float* const xhat = scratch.data + id * 2 * n;
-                     for (int64_t chunk = begin; chunk < end; ++chunk)
-                         run_chunk(chunk, xhat, xhat + n);
-                 });
-    parallel_for(size.batch, chunks * kSums * n, threads, [&](int64_t begin, int64_t end, int64_t) {
+        });
+    parallel_for(size.batch, chunks * 3 * n, threads, [&](int64_t begin, int64_t end, int64_t) {
         for (int64_t sample = begin; sample < end; ++sample) {
-            float* const sums = partial.data + sample * chunks * kSums * n;
-            sum_rows(sums, chunks, kSums * n);
+            float* const sums = partial.data + sample * chunks * 3 * n;
+            sum_rows(sums, chunks, 3 * n);
             convert(dshifts + sample * n, sums, n);
             convert(dscales + sample * n, sums + n, n);
             if (gated) convert(dgates + sample * n, sums + 2 * n, n);
@@ -221,6 +211,20 @@ T* output(void* data) {
     return static_cast<T*>(data);
 }
 
+// Stands in for absent inputs: one row of zeros for all samples and tokens.
+class Zeros {
+  public:
+    explicit Zeros(int64_t n) : row_(n) { memset(row_.data, 0, size_t(n) * sizeof(float)); }
+
+    template <class T>
+    Rows<T> unless(const void* data, int64_t stride) const {
+        return data != nullptr ? make_rows<T>(data, stride) : make_rows<T>(row_.data, 0);
+    }
+
+  private:
+    Scratch row_;
+};
+
 void adaln(const void* x, const void* y, const void* gate, const void* shift, const void* scale,
            void* res, void* out, float* mean, float* rstd, int64_t batch, int64_t tokens,
            int64_t channels, int64_t gate_stride, int64_t shift_stride, int64_t scale_stride,
@@ -239,10 +243,11 @@ void adaln_backward(const void* dout, const void* dres, const void* res, const v
                     void* dx, void* dy, void* dgate, void* dshift, void* dscale, int64_t batch,
                     int64_t tokens, int64_t channels, int64_t gate_stride, int64_t scale_stride,
                     double, int dtype, int64_t where) {
+    const Zeros zeros(channels);
     with_dtype(dtype, [&](auto type) {
         using T = decltype(type);
         const auto run = dgate == nullptr ? backward<false, T> : backward<true, T>;
-        run(input<T>(dout), input<T>(dres), input<T>(res), input<T>(y),
+        run(input<T>(dout), zeros.unless<T>(dres, channels), input<T>(res), input<T>(y),
             make_rows<T>(gate, gate_stride), make_rows<T>(scale, scale_stride), mean, rstd,
             output<T>(dx), output<T>(dy), output<T>(dgate), output<T>(dshift), output<T>(dscale),
             {batch, tokens, channels}, where);
@@ -256,25 +261,16 @@ void adaln_tangent(const void* x, const void* y, const void* gate, const void* s
                    int64_t channels, int64_t gate_stride, int64_t shift_stride,
                    int64_t scale_stride, int64_t tgate_stride, int64_t tshift_stride,
                    int64_t tscale_stride, double eps, int dtype, int64_t where) {
-    // An absent tangent is one row of zeros for all samples and tokens.
-    const Scratch zeros(channels);
-    memset(zeros.data, 0, size_t(channels) * sizeof(float));
+    const Zeros zeros(channels);
     with_dtype(dtype, [&](auto type) {
         using T = decltype(type);
-        const T* const zero = reinterpret_cast<const T*>(zeros.data);
-        const auto sample_tangent = [&](const void* data, int64_t stride) {
-            return data == nullptr ? Rows<T>{zero, 0} : make_rows<T>(data, stride);
-        };
-        const auto token_tangent = [&](const void* data) {
-            return data == nullptr ? Rows<T>{zero, 0} : Rows<T>{input<T>(data), channels};
-        };
         const auto run = y == nullptr ? tangent<false, T> : tangent<true, T>;
         run(input<T>(x), input<T>(y), make_rows<T>(gate, gate_stride),
-            make_rows<T>(shift, shift_stride), make_rows<T>(scale, scale_stride), token_tangent(tx),
-            token_tangent(ty), sample_tangent(tgate, tgate_stride),
-            sample_tangent(tshift, tshift_stride), sample_tangent(tscale, tscale_stride),
-            output<T>(res), output<T>(out), output<T>(tres), output<T>(tout), mean, rstd,
-            {batch, tokens, channels}, float(eps), where);
+            make_rows<T>(shift, shift_stride), make_rows<T>(scale, scale_stride),
+            zeros.unless<T>(tx, channels), zeros.unless<T>(ty, channels),
+            zeros.unless<T>(tgate, tgate_stride), zeros.unless<T>(tshift, tshift_stride),
+            zeros.unless<T>(tscale, tscale_stride), output<T>(res), output<T>(out), output<T>(tres),
+            output<T>(tout), mean, rstd, {batch, tokens, channels}, float(eps), where);
     });
 }
 

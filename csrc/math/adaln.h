@@ -16,6 +16,9 @@ TIM_HD float modulate(float xhat, float scale, float shift) {
     return xhat * (1.0f + scale) + shift;
 }
 
+// Gradient of xhat.
+TIM_HD float modulate_gradient(float dout, float scale) { return dout * (1.0f + scale); }
+
 TIM_HD float modulate_tangent(float xhat, float txhat, float scale, float tscale, float tshift) {
     return txhat * (1.0f + scale) + (xhat * tscale + tshift);
 }
