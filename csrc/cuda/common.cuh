@@ -16,7 +16,6 @@ namespace tim::cuda {
 
 using math::BFloat16;
 using math::Float16;
-using math::load;
 
 [[noreturn]] void refuse_dtype(int dtype);
 
@@ -71,52 +70,112 @@ const T* array(const void* p) {
 
 TIM_HD int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// n neighbouring values.
+// n neighbouring values, as they lie in memory. They stay whole words until they are used: a load
+// that is taken apart at once is also waited for at once.
 template <class T, int n>
-struct alignas(sizeof(T) * n) Pack {
-    T values[n];
+struct Pack {
+    static constexpr int kBytes = n * sizeof(T);
+    uint32_t words[kBytes < 4 ? 1 : kBytes / 4];
 };
 
-template <size_t bytes>
-struct WordOf;
-template <>
-struct WordOf<2> {
-    using Type = unsigned short;
-};
-template <>
-struct WordOf<4> {
-    using Type = unsigned int;
-};
-template <>
-struct WordOf<8> {
-    using Type = uint2;
-};
-template <>
-struct WordOf<16> {
-    using Type = uint4;
-};
+// Value j of a pack, for constant j.
+template <class T, int n>
+TIM_DEVICE float load(const Pack<T, n>& pack, int j) {
+    if constexpr (sizeof(T) == 4) {
+        return math::from_bits(pack.words[j]);
+    } else {
+        const T value{uint16_t(pack.words[j / 2] >> j % 2 * 16)};
+        return math::load(&value);
+    }
+}
+
+// Two values in one word. The instruction rounds both in the time that one would take.
+TIM_DEVICE uint32_t pair_bits(BFloat16, float a, float b) {
+#ifdef __CUDA_ARCH__
+    uint32_t bits;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(bits) : "f"(b), "f"(a));
+    return bits;
+#else
+    BFloat16 low, high;
+    math::store(&low, a);
+    math::store(&high, b);
+    return low.bits | uint32_t(high.bits) << 16;
+#endif
+}
+
+TIM_DEVICE uint32_t pair_bits(Float16, float a, float b) {
+#ifdef __CUDA_ARCH__
+    uint32_t bits;
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(bits) : "f"(b), "f"(a));
+    return bits;
+#else
+    Float16 low, high;
+    math::store(&low, a);
+    math::store(&high, b);
+    return low.bits | uint32_t(high.bits) << 16;
+#endif
+}
+
+template <class T, int n>
+TIM_DEVICE Pack<T, n> narrow(const float (&values)[n]) {
+    Pack<T, n> pack;
+    if constexpr (sizeof(T) == 4) {
+#pragma unroll
+        for (int i = 0; i < n; ++i) pack.words[i] = math::to_bits(values[i]);
+    } else if constexpr (n % 2 == 0) {
+#pragma unroll
+        for (int i = 0; i < n; i += 2) pack.words[i / 2] = pair_bits(T{}, values[i], values[i + 1]);
+    } else {
+        pack.words[0] = pair_bits(T{}, values[0], 0.0f);
+    }
+    return pack;
+}
 
 // Reads n values by accesses of `width` values, to which p must be aligned.
 template <int n, int width = n, class T>
 TIM_DEVICE Pack<T, n> read(const T* p) {
-    using Word = typename WordOf<width * sizeof(T)>::Type;
-    Pack<T, n> pack;
+    constexpr int kBytes = width * sizeof(T), kWords = kBytes / 4;
+    Pack<T, n> pack = {};
 #pragma unroll
     for (int i = 0; i < n / width; ++i) {
-        const Word word = load_global(reinterpret_cast<const Word*>(p) + i);
-        memcpy(pack.values + i * width, &word, sizeof(word));
+        if constexpr (kBytes == 16) {
+            const uint4 access = load_global(reinterpret_cast<const uint4*>(p) + i);
+            pack.words[i * kWords] = access.x;
+            pack.words[i * kWords + 1] = access.y;
+            pack.words[i * kWords + 2] = access.z;
+            pack.words[i * kWords + 3] = access.w;
+        } else if constexpr (kBytes == 8) {
+            const uint2 access = load_global(reinterpret_cast<const uint2*>(p) + i);
+            pack.words[i * kWords] = access.x;
+            pack.words[i * kWords + 1] = access.y;
+        } else if constexpr (kBytes == 4) {
+            pack.words[i] = load_global(reinterpret_cast<const unsigned int*>(p) + i);
+        } else {
+            const uint32_t access = load_global(reinterpret_cast<const unsigned short*>(p) + i);
+            pack.words[i / 2] |= access << i % 2 * 16;
+        }
     }
     return pack;
 }
 
 template <int width, class T, int n>
 TIM_DEVICE void write(T* p, const Pack<T, n>& pack) {
-    using Word = typename WordOf<width * sizeof(T)>::Type;
+    constexpr int kBytes = width * sizeof(T), kWords = kBytes / 4;
 #pragma unroll
     for (int i = 0; i < n / width; ++i) {
-        Word word;
-        memcpy(&word, pack.values + i * width, sizeof(word));
-        store_global(reinterpret_cast<Word*>(p) + i, word);
+        if constexpr (kBytes == 16) {
+            store_global(reinterpret_cast<uint4*>(p) + i,
+                         uint4{pack.words[i * kWords], pack.words[i * kWords + 1],
+                               pack.words[i * kWords + 2], pack.words[i * kWords + 3]});
+        } else if constexpr (kBytes == 8) {
+            store_global(reinterpret_cast<uint2*>(p) + i,
+                         uint2{pack.words[i * kWords], pack.words[i * kWords + 1]});
+        } else if constexpr (kBytes == 4) {
+            store_global(reinterpret_cast<unsigned int*>(p) + i, pack.words[i]);
+        } else {
+            store_global(reinterpret_cast<unsigned short*>(p) + i,
+                         uint16_t(pack.words[i / 2] >> i % 2 * 16));
+        }
     }
 }
 
@@ -125,53 +184,41 @@ TIM_DEVICE void write(T* p, const Pack<T, n>& pack) {
     write<n>(p, pack);
 }
 
-// Two values at once: the instruction rounds pairs, in the time that one value would take.
-TIM_DEVICE void store_pair(float* p, float a, float b) {
-    p[0] = a;
-    p[1] = b;
-}
-
-TIM_DEVICE void store_pair(BFloat16* p, float a, float b) {
-#ifdef __CUDA_ARCH__
-    uint32_t bits;
-    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(bits) : "f"(b), "f"(a));
-    memcpy(p, &bits, sizeof(bits));
-#else
-    math::store(p, a);
-    math::store(p + 1, b);
-#endif
-}
-
-TIM_DEVICE void store_pair(Float16* p, float a, float b) {
-#ifdef __CUDA_ARCH__
-    uint32_t bits;
-    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(bits) : "f"(b), "f"(a));
-    memcpy(p, &bits, sizeof(bits));
-#else
-    math::store(p, a);
-    math::store(p + 1, b);
-#endif
-}
-
-template <class T, int n>
-TIM_DEVICE Pack<T, n> narrow(const float (&values)[n]) {
-    Pack<T, n> pack;
-    if constexpr (n % 2 == 0) {
-#pragma unroll
-        for (int i = 0; i < n; i += 2) store_pair(pack.values + i, values[i], values[i + 1]);
-    } else {
-#pragma unroll
-        for (int i = 0; i < n; ++i) math::store(pack.values + i, values[i]);
-    }
-    return pack;
-}
-
-// Sum over groups of `lanes` neighbouring lanes, a power of two; every lane receives it.
-template <int lanes = kWarp>
+// Sum over the warp; every lane receives it.
 TIM_DEVICE float warp_sum(float value) {
 #pragma unroll
-    for (int mask = lanes / 2; mask > 0; mask /= 2) value += shuffle_xor(value, mask);
+    for (int mask = kWarp / 2; mask > 0; mask /= 2) value += shuffle_xor(value, mask);
     return value;
+}
+
+// Blocks of a grid that keeps every multiprocessor busy: one for each `block_items` items, but no
+// more than `per_multiprocessor` on each.
+inline dim3 persistent_grid(const Call& call, int64_t items, int block_items,
+                            int per_multiprocessor) {
+    const int64_t blocks = ceil_div(items, block_items);
+    const int64_t resident = int64_t(multiprocessors(call)) * per_multiprocessor;
+    return dim3(unsigned(blocks < resident ? blocks : resident));
+}
+
+// Deals the items of a rows x columns table to the warps of the grid and calls body(row, column)
+// for those of this warp. Row and column are carried along, as a division per item would cost as
+// much as the arithmetic on it.
+template <class Body>
+TIM_DEVICE void deal_to_warps(int64_t rows, int64_t columns, const Body& body) {
+    const int warps = blockDim.x / kWarp;
+    const int64_t step = int64_t(gridDim.x) * warps;
+    const int64_t start = int64_t(blockIdx.x) * warps + threadIdx.x / kWarp;
+    const int64_t row_step = step / columns, column_step = step % columns;
+    int64_t row = start / columns, column = start % columns;
+    while (row < rows) {
+        body(row, column);
+        row += row_step;
+        column += column_step;
+        if (column >= columns) {
+            column -= columns;
+            ++row;
+        }
+    }
 }
 
 // Elementwise kernels see their data as rows of packs and cut each row into pieces of kUnroll packs
@@ -179,33 +226,16 @@ TIM_DEVICE float warp_sum(float value) {
 constexpr int kUnroll = 2;
 constexpr int kPiece = kUnroll * kWarp;
 constexpr int kPieceThreads = 256;
-constexpr int kPieceBlocks = 8;  // per multiprocessor, which then is full
 
 inline dim3 piece_grid(const Call& call, int64_t rows, int64_t packs) {
-    const int64_t blocks = ceil_div(rows * ceil_div(packs, kPiece), kPieceThreads / kWarp);
-    const int64_t resident = int64_t(multiprocessors(call)) * kPieceBlocks;
-    return dim3(unsigned(blocks < resident ? blocks : resident));
+    return persistent_grid(call, rows * ceil_div(packs, kPiece), kPieceThreads / kWarp, 8);
 }
 
-// Calls body(row, first pack of this lane) for all pieces of this warp. Row and piece are carried
-// along, as a division per piece would cost as much as the arithmetic on it.
+// Calls body(row, first pack of this lane) for all pieces of this warp.
 template <class Body>
 TIM_DEVICE void for_each_piece(int64_t rows, int64_t packs, const Body& body) {
-    constexpr int kWarps = kPieceThreads / kWarp;
-    const int64_t pieces = ceil_div(packs, kPiece);
-    const int64_t step = int64_t(gridDim.x) * kWarps;
-    const int64_t start = int64_t(blockIdx.x) * kWarps + threadIdx.x / kWarp;
-    const int64_t row_step = step / pieces, piece_step = step % pieces;
-    int64_t row = start / pieces, piece = start % pieces;
-    while (row < rows) {
-        body(row, piece * kPiece + lane());
-        row += row_step;
-        piece += piece_step;
-        if (piece >= pieces) {
-            piece -= pieces;
-            ++row;
-        }
-    }
+    deal_to_warps(rows, ceil_div(packs, kPiece),
+                  [&](int64_t row, int64_t piece) { body(row, piece * kPiece + lane()); });
 }
 
 }  // namespace tim::cuda

@@ -16,7 +16,12 @@ TIM_DEVICE int lane() { return threadIdx.x % kWarp; }
 
 TIM_DEVICE void barrier() { __syncthreads(); }
 
-// The value of the lane whose number differs by the bits of `mask`; all 32 lanes must take part.
+// The value of lane `source` modulo 32, or of the lane whose number differs by the bits of `mask`.
+// All 32 lanes must take part.
+TIM_DEVICE float shuffle(float value, int source) {
+    return __shfl_sync(0xffffffffu, value, source);
+}
+
 TIM_DEVICE float shuffle_xor(float value, int mask) {
     return __shfl_xor_sync(0xffffffffu, value, mask);
 }

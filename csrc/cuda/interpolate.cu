@@ -28,7 +28,7 @@ __global__ void __launch_bounds__(kPieceThreads)
             float a[n], b[n];
 #pragma unroll
             for (int j = 0; j < n; ++j) {
-                const float x_j = load(x[i].values + j), z_j = load(z[i].values + j);
+                const float x_j = load(x[i], j), z_j = load(z[i], j);
                 a[j] = math::combine(c[0], x_j, c[1], z_j);
                 b[j] = math::combine(c[2], x_j, c[3], z_j);
             }

@@ -36,8 +36,7 @@ __global__ void __launch_bounds__(kPieceThreads)
             if (pack >= packs) continue;
             float out[n];
 #pragma unroll
-            for (int j = 0; j < n; ++j)
-                out[j] = math::swiglu(load(gate[i].values + j), load(up[i].values + j));
+            for (int j = 0; j < n; ++j) out[j] = math::swiglu(load(gate[i], j), load(up[i], j));
             write(outs + (row * packs + pack) * n, narrow<T>(out));
         }
     });
@@ -59,8 +58,8 @@ __global__ void __launch_bounds__(kPieceThreads)
             float dgate[n], dup[n];
 #pragma unroll
             for (int j = 0; j < n; ++j)
-                math::swiglu_backward(load(grad[i].values + j), load(gate[i].values + j),
-                                      load(up[i].values + j), dgate + j, dup + j);
+                math::swiglu_backward(load(grad[i], j), load(gate[i], j), load(up[i], j), dgate + j,
+                                      dup + j);
             write(dgates + (row * packs + pack) * n, narrow<T>(dgate));
             write(dups + (row * packs + pack) * n, narrow<T>(dup));
         }
@@ -85,9 +84,8 @@ __global__ void __launch_bounds__(kPieceThreads)
             float out[n], tout[n];
 #pragma unroll
             for (int j = 0; j < n; ++j)
-                math::swiglu_tangent(load(gate[i].values + j), load(up[i].values + j),
-                                     load(tgate[i].values + j), load(tup[i].values + j), out + j,
-                                     tout + j);
+                math::swiglu_tangent(load(gate[i], j), load(up[i], j), load(tgate[i], j),
+                                     load(tup[i], j), out + j, tout + j);
             write(outs + (row * packs + pack) * n, narrow<T>(out));
             write(touts + (row * packs + pack) * n, narrow<T>(tout));
         }

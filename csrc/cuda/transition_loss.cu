@@ -37,7 +37,7 @@ template <class T, class D, int n>
 TIM_DEVICE void add(CosineSums<n>& sums, const Pack<T, n>& Fs, const Pack<D, n>& targets) {
 #pragma unroll
     for (int i = 0; i < n; ++i) {
-        const float F = load(Fs.values + i), target = load(targets.values + i);
+        const float F = load(Fs, i), target = load(targets, i);
         sums.dot[i] += F * target;
         sums.F_squares[i] += F * F;
         sums.target_squares[i] += target * target;
@@ -149,19 +149,18 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
                 float exact[n];
 #pragma unroll
                 for (int j = 0; j < n; ++j) {
-                    exact[j] = c_x * load(term.x.values + j) + c_z * load(term.z.values + j);
-                    exact[j] += math::weighted_difference(c_d, load(term.d.values + j), c_minus,
-                                                          load(term.d_minus.values + j));
-                    exact[j] += c_cond * load(term.cond.values + j);
-                    exact[j] += c_null * load(term.null.values + j);
+                    exact[j] = c_x * load(term.x, j) + c_z * load(term.z, j);
+                    exact[j] += math::weighted_difference(c_d, load(term.d, j), c_minus,
+                                                          load(term.d_minus, j));
+                    exact[j] += c_cond * load(term.cond, j);
+                    exact[j] += c_null * load(term.null, j);
                 }
                 // The loss sees the stored target, rounded to its dtype, as the backward pass will.
                 const Pack<D, n> target = narrow<D>(exact);
                 write(targets + base + channel * positions, target);
 #pragma unroll
                 for (int j = 0; j < n; ++j)
-                    squares +=
-                        math::squared_error(load(term.F.values + j), load(target.values + j));
+                    squares += math::squared_error(load(term.F, j), load(target, j));
                 if (cosine) add(sums, term.F, target);
             }
         }
@@ -234,7 +233,7 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
             float dF[n];
 #pragma unroll
             for (int j = 0; j < n; ++j) {
-                const float F_j = load(F.values + j), target_j = load(target.values + j);
+                const float F_j = load(F, j), target_j = load(target, j);
                 dF[j] = cosine ? math::loss_gradient(F_j, target_j, squares, cosines, cosine_of[j],
                                                      F_norm[j], target_norm[j])
                                : squares * (F_j - target_j);
