@@ -229,7 +229,7 @@ void adaln(const void* x, const void* y, const void* gate, const void* shift, co
            void* res, void* out, float* mean, float* rstd, int64_t batch, int64_t tokens,
            int64_t channels, int64_t gate_stride, int64_t shift_stride, int64_t scale_stride,
            double eps, int dtype, int64_t where) {
-    with_dtype(dtype, [&](auto type) {
+    with_dtype(dtype, where, [&](auto type) {
         using T = decltype(type);
         const auto run = y == nullptr ? forward<false, T> : forward<true, T>;
         run(input<T>(x), input<T>(y), make_rows<T>(gate, gate_stride),
@@ -244,7 +244,7 @@ void adaln_backward(const void* dout, const void* dres, const void* res, const v
                     int64_t tokens, int64_t channels, int64_t gate_stride, int64_t scale_stride,
                     double, int dtype, int64_t where) {
     const Zeros zeros(channels);
-    with_dtype(dtype, [&](auto type) {
+    with_dtype(dtype, where, [&](auto type) {
         using T = decltype(type);
         const auto run = dgate == nullptr ? backward<false, T> : backward<true, T>;
         run(input<T>(dout), zeros.unless<T>(dres, channels), input<T>(res), input<T>(y),
@@ -262,7 +262,7 @@ void adaln_tangent(const void* x, const void* y, const void* gate, const void* s
                    int64_t scale_stride, int64_t tgate_stride, int64_t tshift_stride,
                    int64_t tscale_stride, double eps, int dtype, int64_t where) {
     const Zeros zeros(channels);
-    with_dtype(dtype, [&](auto type) {
+    with_dtype(dtype, where, [&](auto type) {
         using T = decltype(type);
         const auto run = y == nullptr ? tangent<false, T> : tangent<true, T>;
         run(input<T>(x), input<T>(y), make_rows<T>(gate, gate_stride),

@@ -27,7 +27,7 @@ void forward(const T* xs, const T* zs, const float* coefficients, T* as, T* bs, 
 
 void interpolate(const void* x, const void* z, const float* coefficients, void* a, void* b,
                  int64_t batch, int64_t n, int dtype, int64_t where) {
-    with_dtype(dtype, [&](auto type) {
+    with_dtype(dtype, where, [&](auto type) {
         using T = decltype(type);
         forward<T>(static_cast<const T*>(x), static_cast<const T*>(z), coefficients,
                    static_cast<T*>(a), static_cast<T*>(b), batch, n, where);

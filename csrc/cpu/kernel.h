@@ -24,9 +24,10 @@ constexpr int64_t kSerialElements = 16384;
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Calls body with a value of the storage type that `dtype` names.
+// Calls body with a value of the storage type that `dtype` names. Every kernel passes through here.
 template <class Body>
-void with_dtype(int dtype, const Body& body) {
+void with_dtype(int dtype, int64_t threads, const Body& body) {
+    if (threads < 1) refuse("where must be a number of threads, at least 1");
     if (dtype == kFloat32) {
         body(float{});
     } else if (dtype == kBFloat16) {

@@ -294,7 +294,7 @@ void qk_norm_rope(const void* qkv, const float* q_weight, const float* q_bias,
                   int64_t head_dim, int64_t stride_b, int64_t stride_n, double eps, int dtype,
                   int64_t where) {
     check(head_dim);
-    with_dtype(dtype, [&](auto type) {
+    with_dtype(dtype, where, [&](auto type) {
         using T = decltype(type);
         forward<T>(packed<T>(qkv, stride_b, stride_n), {q_weight, q_bias}, {k_weight, k_bias},
                    {cos, sin}, static_cast<T*>(q), static_cast<T*>(k), static_cast<T*>(v),
@@ -309,7 +309,7 @@ void qk_norm_rope_backward(const void* gq, const void* gk, const void* gv, const
                            int64_t heads, int64_t head_dim, int64_t stride_b, int64_t stride_n,
                            double eps, int dtype, int64_t where) {
     check(head_dim);
-    with_dtype(dtype, [&](auto type) {
+    with_dtype(dtype, where, [&](auto type) {
         using T = decltype(type);
         backward<T>(static_cast<const T*>(gq), static_cast<const T*>(gk), static_cast<const T*>(gv),
                     packed<T>(qkv, stride_b, stride_n), q_weight, k_weight, {cos, sin},
@@ -325,7 +325,7 @@ void qk_norm_rope_tangent(const void* qkv, const void* tqkv, const float* q_weig
                           int64_t head_dim, int64_t stride_b, int64_t stride_n, int64_t tstride_b,
                           int64_t tstride_n, double eps, int dtype, int64_t where) {
     check(head_dim);
-    with_dtype(dtype, [&](auto type) {
+    with_dtype(dtype, where, [&](auto type) {
         using T = decltype(type);
         tangent<T>(packed<T>(qkv, stride_b, stride_n), packed<T>(tqkv, tstride_b, tstride_n),
                    {q_weight, q_bias}, {k_weight, k_bias}, {cos, sin}, static_cast<T*>(q),

@@ -66,7 +66,7 @@ void tangent(Rows<T> gates, Rows<T> ups, Rows<T> tgates, Rows<T> tups, T* outs, 
 
 void swiglu(const void* gate, int64_t gate_stride, const void* up, int64_t up_stride, void* out,
             int64_t rows, int64_t cols, int dtype, int64_t where) {
-    with_dtype(dtype, [&](auto type) {
+    with_dtype(dtype, where, [&](auto type) {
         using T = decltype(type);
         forward<T>(make_rows<T>(gate, gate_stride), make_rows<T>(up, up_stride),
                    static_cast<T*>(out), rows, cols, where);
@@ -76,7 +76,7 @@ void swiglu(const void* gate, int64_t gate_stride, const void* up, int64_t up_st
 void swiglu_backward(const void* grad, const void* gate, int64_t gate_stride, const void* up,
                      int64_t up_stride, void* dgate, void* dup, int64_t rows, int64_t cols,
                      int dtype, int64_t where) {
-    with_dtype(dtype, [&](auto type) {
+    with_dtype(dtype, where, [&](auto type) {
         using T = decltype(type);
         backward<T>(static_cast<const T*>(grad), make_rows<T>(gate, gate_stride),
                     make_rows<T>(up, up_stride), static_cast<T*>(dgate), static_cast<T*>(dup), rows,
@@ -87,7 +87,7 @@ void swiglu_backward(const void* grad, const void* gate, int64_t gate_stride, co
 void swiglu_tangent(const void* gate, int64_t gate_stride, const void* up, int64_t up_stride,
                     const void* tgate, int64_t tgate_stride, const void* tup, int64_t tup_stride,
                     void* out, void* tout, int64_t rows, int64_t cols, int dtype, int64_t where) {
-    with_dtype(dtype, [&](auto type) {
+    with_dtype(dtype, where, [&](auto type) {
         using T = decltype(type);
         tangent<T>(make_rows<T>(gate, gate_stride), make_rows<T>(up, up_stride),
                    make_rows<T>(tgate, tgate_stride), make_rows<T>(tup, tup_stride),

@@ -206,11 +206,11 @@ void backward(const float* scales, const T* Fs, const D* targets, T* dFs, Size f
 
 // Calls body with one value of each storage type; the data may be wider than the network's outputs.
 template <class Body>
-void with_dtypes(int dtype, int data_dtype, const Body& body) {
+void with_dtypes(int dtype, int data_dtype, int64_t threads, const Body& body) {
     if (dtype == data_dtype) {
-        with_dtype(dtype, [&](auto type) { body(type, type); });
+        with_dtype(dtype, threads, [&](auto type) { body(type, type); });
     } else if (dtype == kBFloat16 && data_dtype == kFloat32) {
-        body(BFloat16{}, float{});
+        with_dtype(dtype, threads, [&](auto type) { body(type, float{}); });
     } else {
         refuse(
             "transition_loss: data_dtype must be dtype, or 0 (float32) beside dtype 1 (bfloat16)");
@@ -223,7 +223,7 @@ void transition_loss(const void* F, const void* x, const void* z, const void* d,
                      void* target, float* loss, float* denoising, float* weight, int64_t batch,
                      int64_t channels, int64_t positions, bool cosine, int dtype, int data_dtype,
                      int64_t where) {
-    with_dtypes(dtype, data_dtype, [&](auto type, auto data_type) {
+    with_dtypes(dtype, data_dtype, where, [&](auto type, auto data_type) {
         using T = decltype(type);
         using D = decltype(data_type);
         const Inputs<T, D> in{static_cast<const T*>(F),
@@ -243,7 +243,7 @@ void transition_loss(const void* F, const void* x, const void* z, const void* d,
 void transition_loss_backward(const float* scale, const void* F, const void* target, void* dF,
                               int64_t batch, int64_t channels, int64_t positions, bool cosine,
                               int dtype, int data_dtype, int64_t where) {
-    with_dtypes(dtype, data_dtype, [&](auto type, auto data_type) {
+    with_dtypes(dtype, data_dtype, where, [&](auto type, auto data_type) {
         using T = decltype(type);
         using D = decltype(data_type);
         backward(scale, static_cast<const T*>(F), static_cast<const D*>(target),
