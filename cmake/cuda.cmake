@@ -27,6 +27,6 @@ if(CMAKE_CUDA_COMPILER)
 elseif(TIM_CUDA STREQUAL "ON")
   message(FATAL_ERROR "TIM_CUDA=ON, but nvcc was not found; put it into PATH or set CUDACXX")
 else()
-  set(reason "nvcc was not found: the extension holds no CUDA kernels")
-  set(remedy "for a GPU install the CUDA toolkit (nvcc), then install this package again")
+  note_missing("nvcc was not found: the extension holds no CUDA kernels"
+               "for a GPU install the CUDA toolkit (nvcc), then install this package again")
 endif()

@@ -55,8 +55,8 @@ if(OpenMP_CXX_FOUND)
   set(openmp_version ${OpenMP_CXX_VERSION})
   target_link_libraries(_C PRIVATE OpenMP::OpenMP_CXX)
 else()
-  set(reason "OpenMP was not found: the CPU kernels use one thread")
-  set(remedy "install the OpenMP library of your compiler, then install this package again")
+  note_missing("OpenMP was not found: the CPU kernels use one thread"
+               "install the OpenMP library of your compiler, then install this package again")
 endif()
 
 file(GLOB cuda_sources CONFIGURE_DEPENDS ${CMAKE_CURRENT_SOURCE_DIR}/csrc/cuda/*.cu)
