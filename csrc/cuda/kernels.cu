@@ -9,6 +9,7 @@ namespace tim::cuda {
 
 void add_interpolate(Kernels&);
 void add_swiglu(Kernels&);
+void add_adaln(Kernels&);
 void add_qk_norm_rope(Kernels&);
 void add_transition_loss(Kernels&);
 
@@ -34,6 +35,7 @@ const Kernels& kernels() {
         Kernels kernels{};
         add_interpolate(kernels);
         add_swiglu(kernels);
+        add_adaln(kernels);
         add_qk_norm_rope(kernels);
         add_transition_loss(kernels);
         return kernels;
