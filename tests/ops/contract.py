@@ -221,7 +221,7 @@ class Tangent(OpContract):
                 torch.testing.assert_close(a, e, rtol=1e-4, atol=1e-5)
 
     @pytest.mark.parametrize(
-        "mode", ["no_grad", "dual", "inference_outside", "compile", "of_compile"]
+        "mode", ["no_grad", "inference_mode", "dual", "with_graph", "compile", "of_compile"]
     )
     def test_no_silent_zero_tangent(self, mode, path) -> None:
         device = self.skip_unless(path, torch.float32)
@@ -233,7 +233,10 @@ class Tangent(OpContract):
         if mode == "no_grad":
             with torch.no_grad():
                 return self.jvp(self.op, inputs, tangents)[1]
-        if mode == "inference_outside":
+        if mode == "inference_mode":
+            with torch.inference_mode():
+                return self.jvp(self.op, inputs, tangents)[1]
+        if mode == "with_graph":
             for i in self.differentiable:
                 inputs[i].requires_grad_()
             return self.jvp(self.op, inputs, tangents)[1]
@@ -303,18 +306,44 @@ class Tangent(OpContract):
         for a, e in zip(actual, expected, strict=True):
             torch.testing.assert_close(a, e, rtol=1e-5, atol=1e-6)
 
-    def test_forward_over_reverse_raises(self) -> None:
-        self.skip_unless("cpu", torch.float32)
-        inputs, tangents = self.prepare(self.sizes[0], torch.float32)
+    def test_forward_over_reverse_raises(self, path) -> None:
+        device = self.skip_unless(path, torch.float32)
+        inputs, tangents = self.prepare(self.sizes[0], torch.float32, device)
+        i = self.with_tangent[0]
+        inputs[i].requires_grad_()
+        with self.on(path), forward_ad.dual_level():
+            dual = forward_ad.make_dual(inputs[i], tangents[i])
+            out = self.run(self.op, [*inputs[:i], dual, *inputs[i + 1 :]])[0]
+            with pytest.raises(NotImplementedError, match="has no forward-mode rule"):
+                torch.autograd.grad(out.square().sum(), dual)
+
+    def test_nested_jvp_raises(self, path) -> None:
+        device = self.skip_unless(path, torch.float32)
+        inputs, tangents = self.prepare(self.sizes[0], torch.float32, device)
         i = self.with_tangent[0]
 
-        def loss(tensor: Tensor) -> Tensor:
-            arguments = list(inputs)
-            arguments[i] = tensor
-            return sum(out.square().sum() for out in as_tuple(self.op(*arguments)))
+        def tangent_at(tensor: Tensor) -> Tensor:
+            only = type(self)()
+            only.with_tangent = (i,)
+            arguments = [*inputs[:i], tensor, *inputs[i + 1 :]]
+            return only.jvp(self.op, arguments, tangents)[1][0]
 
-        with pytest.raises((NotImplementedError, RuntimeError)):
-            torch.func.jvp(torch.func.grad(loss), (inputs[i],), (tangents[i],))
+        with self.on(path), pytest.raises(NotImplementedError, match=r"nested torch\.func\.jvp"):
+            torch.func.jvp(tangent_at, (inputs[i],), (tangents[i],))
+
+    def test_gradient_by_torch_func(self, path) -> None:
+        device = self.skip_unless(path, torch.float32)
+        inputs, _ = self.prepare(self.sizes[0], torch.float32, device)
+        i = self.differentiable[0]
+
+        def loss(tensor: Tensor) -> Tensor:
+            return self.run(self.op, [*inputs[:i], tensor, *inputs[i + 1 :]])[0].square().sum()
+
+        with self.on(path):
+            actual = torch.func.grad(loss)(inputs[i])
+            inputs[i].requires_grad_()
+            (expected,) = torch.autograd.grad(loss(inputs[i]), inputs[i])
+        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
 
     def test_vmap_runs_the_reference(self) -> None:
         inputs, _ = self.prepare(self.sizes[0], torch.float32)

@@ -44,6 +44,12 @@ def test_large_mean_does_not_cancel():
     assert (ops.adaln(x, zero, zero) - exact).abs().max() < 1e-3
 
 
+def test_small_rows_have_a_finite_tangent_in_float16():
+    x, row = (1e-3 * torch.randn(1, 2, 16)).half(), torch.zeros(1, 1, 16).half()
+    _, tangent = torch.func.jvp(lambda x: ops.adaln(x, row, row), (x,), (x,))
+    assert tangent.isfinite().all()
+
+
 def test_strided_inputs_and_wider_residual():
     x = torch.randn(3, 24, 8).mT
     shift, scale = torch.randn(3, 1, 96).bfloat16()[..., ::2].chunk(2, dim=-1)

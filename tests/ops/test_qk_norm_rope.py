@@ -98,6 +98,14 @@ def test_a_tangent_of_a_weight_is_exact():
     torch.testing.assert_close(actual, of_weight(ops.qk_norm_rope_reference))
 
 
+def test_angles_that_want_gradients_get_them():
+    inputs = make()
+    inputs[5].requires_grad_()
+    q, _, _ = ops.qk_norm_rope(*inputs)
+    q.square().sum().backward()
+    assert inputs[5].grad.abs().max() > 0
+
+
 def test_bad_input():
     qkv, *others, cos, sin = make()
     with pytest.raises(ValueError, match=r"qkv must have shape \[B, N, 3, H, D\] with even D"):

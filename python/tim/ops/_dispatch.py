@@ -16,7 +16,9 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch._C._functorch import TransformType
 from torch._library import autograd as autograd_rules
 from torch.autograd import forward_ad
 
@@ -62,6 +64,9 @@ def why_not(name: str, *tensors: Tensor) -> str | None:
     """
     if not _kernels_enabled:
         return "TIM_KERNELS=off (or reference_only) is in force"
+    for transform in (TransformType.Vmap, TransformType.Grad):
+        if transform in _transforms():
+            return f"torch.func.{transform.name.lower()} has no rule for the kernel"
     first = tensors[0]
     device = first.device.type
     dtype = first.dtype
@@ -75,6 +80,36 @@ def why_not(name: str, *tensors: Tensor) -> str | None:
         if torch._C._functorch.is_batchedtensor(tensor):
             return "torch.func.vmap has no rule for the kernel"
     return None
+
+
+def _transforms() -> tuple[TransformType, ...]:
+    """The torch.func transforms in force, outermost first; () inside a graph being compiled."""
+    if torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is None:
+        return ()
+    return tuple(level.key() for level in torch._C._functorch.get_interpreter_stack())
+
+
+def has_transform(*kinds: TransformType) -> bool:
+    return any(kind in kinds for kind in _transforms())
+
+
+def _refuse_second_tangent() -> None:
+    # Tangents are detached, which would take an outer jvp's tangent away without a word.
+    if _transforms().count(TransformType.Jvp) > 1:
+        raise NotImplementedError(
+            "the tangents of tim.ops are not differentiable: nested torch.func.jvp (second "
+            "derivatives) is not supported"
+        )
+
+
+def guard_backward(what: str, output: Tensor) -> Tensor:
+    """Make the backward pass of a dual number raise when it meets tangents (forward-over-reverse).
+
+    For outputs whose gradient is PyTorch's own. Under torch.func the transforms see to it.
+    """
+    if output.requires_grad and torch._C._functorch.peek_interpreter_stack() is None:
+        output.register_hook(lambda gradient: refuse_tangents(f"the backward of {what}", gradient))
+    return output
 
 
 def _names(dtypes: Sequence[torch.dtype]) -> str:
@@ -116,6 +151,7 @@ def split_tangents(
     duals = [forward_ad.unpack_dual(tensor) for tensor in tensors]
     if all(dual.tangent is None for dual in duals):
         return tensors, None
+    _refuse_second_tangent()
     return tuple(d.primal for d in duals), tuple(d.tangent for d in duals)
 
 
@@ -126,8 +162,7 @@ def refuse_tangents(what: str, *arguments: object) -> None:
     for argument in arguments:
         if isinstance(argument, Tensor) and forward_ad.unpack_dual(argument).tangent is not None:
             raise NotImplementedError(
-                f"{what} has no forward-mode rule; differentiate the reference instead "
-                "(tim.ops.reference_only())"
+                f"{what} has no forward-mode rule: tim.ops have first derivatives only"
             )
 
 
@@ -144,7 +179,8 @@ def drop_tangent_graph(outputs: Tensor | tuple[Tensor, ...]) -> Tensor | tuple[T
     primal, tangent = forward_ad.unpack_dual(outputs)
     if tangent is None:
         return outputs
-    return forward_ad.make_dual(primal, tangent.detach())
+    _refuse_second_tangent()
+    return forward_ad.make_dual(guard_backward("a reference", primal), tangent.detach())
 
 
 def make_dual(primal: Tensor, tangent: Tensor) -> Tensor:
@@ -219,3 +255,11 @@ def check_shape(name: str, tensor: Tensor, expected: Sequence[int], meaning: str
         raise ValueError(
             f"{name} must have shape {meaning} = {list(expected)}, got {list(tensor.shape)}"
         )
+
+
+def layer_norm(x: Tensor, eps: float) -> Tensor:
+    """Layer norm over the last dimension without parameters, for references."""
+    if x.dtype != torch.float16:
+        return F.layer_norm(x, x.shape[-1:], eps=eps)
+    # The cube of 1 / std in PyTorch's forward-mode rule overflows float16 for small rows.
+    return F.layer_norm(x.float(), x.shape[-1:], eps=eps).to(x.dtype)

@@ -9,6 +9,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._C._functorch import TransformType
 
 from tim.ops import _dispatch as dispatch
 
@@ -113,9 +114,9 @@ def _offsets(name: str, cu_seqlens: Tensor | None, packed: Tensor) -> list[int]:
 
 
 def _dense(q: Tensor, k: Tensor, v: Tensor, scale: float, backend: str) -> Tensor:
-    batched = any(torch._C._functorch.is_batchedtensor(tensor) for tensor in (q, k, v))
+    transformed = dispatch.has_transform(TransformType.Vmap, TransformType.Grad)
     primals, tangents = dispatch.split_tangents(q, k, v)
-    if backend == "reference" or (batched and tangents is not None):
+    if backend == "reference" or (transformed and tangents is not None):
         return dispatch.drop_tangent_graph(attention_reference(q, k, v, scale))
     if backend == "auto" and _plain_is_faster(q, k):
         out = attention_reference(*primals, scale)
@@ -125,7 +126,7 @@ def _dense(q: Tensor, k: Tensor, v: Tensor, scale: float, backend: str) -> Tenso
     if tangents is None:
         return out
     t_out = _attention_tangent(*(x.detach() for x in primals), out.detach(), *tangents, scale)
-    return dispatch.make_dual(out, t_out)
+    return dispatch.make_dual(dispatch.guard_backward("attention", out), t_out)
 
 
 def _plain_is_faster(q: Tensor, k: Tensor) -> bool:

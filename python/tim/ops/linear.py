@@ -31,10 +31,10 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     parameters = (weight,) if bias is None else (weight, bias)
     if dispatch.split_tangents(*parameters)[1] is not None:
         return dispatch.drop_tangent_graph(F.linear(x, weight, bias))
-    primal, tangent = forward_ad.unpack_dual(x)
-    if tangent is None:
+    (primal,), tangents = dispatch.split_tangents(x)
+    if tangents is None:
         return F.linear(x, weight, bias)
-    out = F.linear(primal, weight, bias)
+    out = dispatch.guard_backward("linear", F.linear(primal, weight, bias))
     with torch.no_grad():
-        t_out = F.linear(tangent, weight)
+        t_out = F.linear(tangents[0], weight)
     return forward_ad.make_dual(out, t_out)

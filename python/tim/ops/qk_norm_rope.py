@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from tim.ops import _dispatch as dispatch
@@ -43,7 +42,8 @@ def qk_norm_rope(
     parameters = {"q_weight": q_weight, "q_bias": q_bias, "k_weight": k_weight, "k_bias": k_bias}
     _check(qkv, parameters, cos, sin)
     others = (q_weight, q_bias, k_weight, k_bias, cos, sin)
-    if dispatch.why_not("qk_norm_rope", qkv) is not None:
+    differentiable_angles = torch.is_grad_enabled() and (cos.requires_grad or sin.requires_grad)
+    if differentiable_angles or dispatch.why_not("qk_norm_rope", qkv) is not None:
         return dispatch.drop_tangent_graph(qk_norm_rope_reference(qkv, *others, eps))
     primals, tangents = dispatch.split_tangents(qkv, *others)
     if tangents is None:
@@ -81,7 +81,7 @@ def rotate_reference(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 def _norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     # Not layer_norm's own affine form: its forward-mode rule breaks under torch.compile (2.13).
-    return F.layer_norm(x, x.shape[-1:], eps=eps) * weight + bias
+    return dispatch.layer_norm(x, eps) * weight + bias
 
 
 def _check(qkv: Tensor, parameters: dict[str, Tensor], cos: Tensor, sin: Tensor) -> None:
