@@ -22,7 +22,7 @@ TIM_DEVICE void save(float* values, int64_t row, float value, bool active) {
 }
 
 template <bool gated, class T, int n>
-__global__ void __launch_bounds__(kMaxRowThreads)
+__global__ void __launch_bounds__(kMaxRowThreads, 1)
     forward(Inputs<T> in, Outputs<T> to, float* means, float* rstds, Shape size, float eps) {
     const int channels = size.channels;
     const float inverse = 1.0f / channels;
@@ -82,7 +82,7 @@ __global__ void __launch_bounds__(kMaxRowThreads)
 
 // Every tangent may be absent, which counts as zero.
 template <bool gated, class T, int n>
-__global__ void __launch_bounds__(kMaxRowThreads)
+__global__ void __launch_bounds__(kMaxRowThreads, 1)
     tangent(Inputs<T> in, Inputs<T> tin, Outputs<T> to, Outputs<T> tto, float* means, float* rstds,
             Shape size, float eps) {
     const int channels = size.channels;

@@ -25,7 +25,7 @@ struct Gradients {
 };
 
 template <bool gated, class T, int n>
-__global__ void __launch_bounds__(kMaxRowThreads)
+__global__ void __launch_bounds__(kMaxRowThreads, 1)
     tokens_backward(Inputs<T> in, Gradients<T> to, Shape size) {
     const int channels = size.channels;
     const float inverse = 1.0f / channels;
