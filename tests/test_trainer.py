@@ -13,7 +13,14 @@ from PIL import Image
 
 from tim import presets
 from tim.checkpoint import latest_checkpoint
-from tim.config import GuidanceConfig, ObjectiveConfig, RunConfig, SampleConfig, TrainConfig
+from tim.config import (
+    DataConfig,
+    GuidanceConfig,
+    ObjectiveConfig,
+    RunConfig,
+    SampleConfig,
+    TrainConfig,
+)
 from tim.data import ArrayDataset, Batch
 from tim.models import TiMConfig, load
 from tim.trainer import Trainer, TrainingStopped, learning_rate, pick_device
@@ -112,6 +119,45 @@ def test_resuming_continues_bit_for_bit(tmp_path, name) -> None:
         for d in ("whole", "run")
     )
     assert a == b and len(a) == 6
+
+
+@pytest.mark.parametrize("cache_gb", [0.0, 1.0])
+def test_a_folder_run_resumes_bit_for_bit(tmp_path, cache_gb) -> None:
+    """More than one epoch: the unbroken run meets cached images where the resumed one decodes."""
+    (tmp_path / "images").mkdir()
+    pixels = np.random.default_rng(0).integers(0, 256, (24, 8, 8, 3), dtype=np.uint8)
+    for i, image in enumerate(pixels):
+        Image.fromarray(image).save(tmp_path / "images" / f"{i:02}.png")
+    data = DataConfig(kind="folder", path=str(tmp_path / "images"), image_size=8, cache_gb=cache_gb)
+    model = dataclasses.replace(MODEL, in_channels=3)
+    base = dataclasses.replace(config(steps=6, checkpoint_every=4), data=data, model=model)
+    whole = Trainer(base, tmp_path / "whole")
+    whole.train()
+    stop_after(Trainer(base, tmp_path / "run"), 5)
+    resumed = Trainer(base, tmp_path / "run", resume=True)
+    assert resumed.step == 4
+    resumed.train()
+    assert same(weights(whole), weights(resumed))
+
+
+def test_noise_does_not_depend_on_the_strides_of_the_images(tmp_path) -> None:
+    trainer = Trainer(
+        dataclasses.replace(config(), model=dataclasses.replace(MODEL, in_channels=3)),
+        tmp_path / "run",
+        dataset=ArrayDataset(np.zeros((8, 3, 8, 8), np.float32), np.zeros(8), num_classes=1),
+    )
+    seen = []
+
+    def spy(model, x, z, y, **others):
+        seen.append(z)
+        return squared_error(model, x, z, y)
+
+    trainer.loss = spy
+    batch = trainer.dataset.batch(np.arange(8), np.random.default_rng(0))
+    for x in (batch.x, batch.x.to(memory_format=torch.channels_last)):
+        trainer.step = 0
+        trainer.train_step(batch._replace(x=x))
+    assert seen[0].equal(seen[1])
 
 
 def stop_after(trainer: Trainer, steps: int) -> None:

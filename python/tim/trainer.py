@@ -192,7 +192,8 @@ class Trainer:
         if features is None and self.encoder is not None:
             with torch.no_grad():
                 features = self.encoder(x, y)
-        z = torch.randn_like(x)
+        # Not randn_like, which draws in the order of x's strides.
+        z = torch.randn(x.shape, dtype=x.dtype, device=x.device)
         null = self.model.null_condition(len(y))
         dropped = torch.rand(len(y), device=self.device) < config.model.class_dropout_prob
         guided = config.objective.guidance.enabled

@@ -160,6 +160,7 @@ def test_cache_is_used_only_where_all_images_fit(tmp_path) -> None:
     cached = FolderDataset(tmp_path, image_size=4, cache_bytes=4 * 48)
     plain = FolderDataset(tmp_path, image_size=4, cache_bytes=4 * 48 - 1)
     first = [batch(d, [0, 1, 2, 3]).x for d in (cached, plain)]
+    assert all(x.is_contiguous() for x in [*first, batch(cached, [0, 1, 2, 3]).x])
     assert first[0].equal(first[1])
     for path in tmp_path.iterdir():
         path.unlink()

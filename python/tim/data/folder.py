@@ -134,7 +134,8 @@ def load_image(path: str | Path, size: int, channels: int = 3) -> np.ndarray:
         square = image.crop((left, top, left + side, top + side))
     square = _flatten(square).convert("L" if channels == 1 else "RGB")
     square = square.resize((size, size), Image.Resampling.LANCZOS, reducing_gap=3.0)
-    return np.asarray(square).reshape(size, size, channels).transpose(2, 0, 1)
+    # Contiguous like a cached image: batches of both must have the same strides.
+    return np.ascontiguousarray(np.asarray(square).reshape(size, size, channels).transpose(2, 0, 1))
 
 
 def _flatten(image: Image.Image) -> Image.Image:
