@@ -13,7 +13,9 @@ def test_diagonal_gaussians_have_the_closed_form(width, seed):
     generator = torch.Generator().manual_seed(seed)
     rows = torch.randn(400, width, generator=generator, dtype=torch.float64)
     rows = rows - rows.mean(0)
-    rows = rows @ torch.linalg.inv(torch.linalg.cholesky(rows.T.cov(), upper=True))
+    rows = rows @ torch.linalg.inv(
+        torch.linalg.cholesky(torch.atleast_2d(rows.T.cov()), upper=True)
+    )
     mean, std_a, std_b = torch.rand(3, width, generator=generator, dtype=torch.float64) + 0.1
     expected = mean.square().sum() + (std_a - std_b).square().sum()
     distance = frechet_distance(rows * std_a, rows * std_b + mean)

@@ -29,7 +29,8 @@ def frechet_distance(a: Tensor, b: Tensor) -> float:
                 f"{name} must have shape [N >= 2, {a.shape[-1]}], got {list(features.shape)}"
             )
     a, b = a.double(), b.double()
-    c_a, c_b = a.T.cov(), b.T.cov()
+    # cov of a single feature is a scalar.
+    c_a, c_b = (torch.atleast_2d(features.T.cov()) for features in (a, b))
     # (C_a C_b)^(1/2) has the trace of (R C_b R)^(1/2) with R = C_a^(1/2), which is symmetric.
     values, vectors = torch.linalg.eigh(c_a)
     root = vectors * values.clamp(min=0).sqrt() @ vectors.T
