@@ -116,6 +116,27 @@ def test_a_folder_without_all_files_is_no_checkpoint(tmp_path, models) -> None:
     assert checkpoint.latest_checkpoint(tmp_path).name == "00000001"
 
 
+def test_a_broken_checkpoint_of_the_same_step_is_replaced(tmp_path, models) -> None:
+    broken = checkpoint.save_checkpoint(tmp_path, 2, *models, {}, keep=3)
+    (broken / "state.pt").unlink()
+    checkpoint.save_checkpoint(tmp_path, 2, *models, {"step": 2}, keep=3)
+    assert [p.name for p in tmp_path.iterdir()] == ["00000002"]
+    assert checkpoint.latest_checkpoint(tmp_path) == broken
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "ema.safetensors", "state.pt"])
+@pytest.mark.parametrize("share", [0.0, 0.5, 0.99])
+def test_damaged_files_are_named(tmp_path, models, name, share) -> None:
+    state = {"moments": torch.ones(1000)}
+    for step in (1, 2):
+        path = checkpoint.save_checkpoint(tmp_path, step, *models, state, keep=2)
+        whole = (path / name).read_bytes()
+        (path / name).write_bytes(whole[: int(share * len(whole))])
+        remedy = r"; delete .*00000002 to go on from 00000001$" if step == 2 else r"[^;]*$"
+        with pytest.raises(ValueError, match=rf"{path / name} is damaged: .*{remedy}"):
+            checkpoint.load_checkpoint(path, *models)
+
+
 def test_weights_of_another_model_are_refused(tmp_path, models) -> None:
     path = checkpoint.save_checkpoint(tmp_path, 1, *models, {}, keep=1)
     other = TiM(TiMConfig(**{**CONFIG.to_dict(), "num_classes": 5}))

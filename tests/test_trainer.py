@@ -293,6 +293,50 @@ def test_too_many_skipped_steps_in_a_row_stop_the_run(tmp_path) -> None:
     assert latest_checkpoint(tmp_path / "run" / "checkpoints") is None
 
 
+def test_a_streak_of_bad_steps_leaves_the_good_checkpoints(tmp_path) -> None:
+    run = tmp_path / "run"
+    base = config(steps=3, checkpoint_every=1, keep=2, max_bad_steps=5)
+    Trainer(base, run, dataset=noise(24)).train()
+    longer = dataclasses.replace(base, train=dataclasses.replace(base.train, steps=20))
+    bad = noise(24, bad=tuple(range(24)))
+    # The second time: the streak does not go on where the first process gave up.
+    for _ in range(2):
+        trainer = Trainer(longer, run, dataset=bad, resume=True)
+        with pytest.raises(TrainingStopped, match=r"stopped at step 8: .* 5 steps in a row"):
+            trainer.train()
+        assert [p.name for p in sorted((run / "checkpoints").iterdir())] == ["00000002", "00000003"]
+
+
+def test_the_step_after_a_bad_one_is_saved_instead(tmp_path) -> None:
+    trainer = Trainer(config(steps=5, checkpoint_every=2, keep=9), tmp_path / "run")
+    step = trainer.train_step
+
+    def some_are_bad(batch: Batch) -> dict[str, float]:
+        scale = torch.nan if trainer.step in (1, 4) else 1.0
+        return step(batch._replace(x=scale * batch.x))
+
+    trainer.train_step = some_are_bad
+    trainer.train()
+    names = sorted(p.name for p in (tmp_path / "run" / "checkpoints").iterdir())
+    assert names == ["00000003", "00000004", "00000005"]
+
+
+def test_weights_that_are_not_finite_are_not_saved(tmp_path) -> None:
+    trainer = Trainer(config(steps=5, checkpoint_every=1), tmp_path / "run")
+    step = trainer.train_step
+
+    def overflow(batch: Batch) -> dict[str, float]:
+        values = step(batch)
+        if trainer.step == 3:
+            trainer.parameters[0].data.view(-1)[0] = torch.inf
+        return values
+
+    trainer.train_step = overflow
+    with pytest.raises(TrainingStopped, match="stopped at step 3: the weights are not finite"):
+        trainer.train()
+    assert latest_checkpoint(tmp_path / "run" / "checkpoints").name == "00000002"
+
+
 def squared_error(model, x, z, y, **others):
     """A loss without random times, so that parts of a batch can be compared with the whole."""
     t = torch.full((len(x),), 0.5)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import random
 import re
 import shutil
@@ -22,6 +23,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -52,13 +54,12 @@ def save_checkpoint(
     torch.save(dict(state), temporary / STATE)
     for path in [*temporary.iterdir(), temporary]:
         _flush(path)
+    if final.exists():
+        _discard(final)
     os.replace(temporary, final)
     _flush(folder)
     for old in checkpoints(folder)[:-keep]:
-        # Renamed first: a half-deleted folder must not look like a checkpoint.
-        doomed = old.with_name(f"{old.name}.tmp-old")
-        os.replace(old, doomed)
-        shutil.rmtree(doomed)
+        _discard(old)
     return final
 
 
@@ -86,10 +87,16 @@ def remove_leftovers(folder: Path) -> list[Path]:
 
 
 def load_checkpoint(path: Path, model: nn.Module, average: nn.Module) -> dict[str, Any]:
-    """Load the weights of checkpoint `path` into both modules and return its state, on the CPU."""
+    """Load the weights of checkpoint `path` into both modules and return its state, on the CPU.
+
+    Raises ValueError naming the file that is damaged or does not fit.
+    """
     load_weights(model, path / MODEL)
     load_weights(average, path / AVERAGE)
-    return torch.load(path / STATE, map_location="cpu", weights_only=True)
+    try:
+        return torch.load(path / STATE, map_location="cpu", weights_only=True)
+    except (RuntimeError, pickle.UnpicklingError, EOFError, OSError, KeyError, ValueError) as error:
+        raise _damaged(path / STATE, error) from None
 
 
 def save_weights(model: nn.Module, path: Path) -> None:
@@ -101,9 +108,13 @@ def save_weights(model: nn.Module, path: Path) -> None:
 
 
 def load_weights(model: nn.Module, path: Path) -> None:
-    """Raises ValueError when the tensors in `path` are not those of `model`."""
+    """Raises ValueError when `path` is damaged, or its tensors are not those of `model`."""
     try:
-        model.load_state_dict(load_file(path))
+        state = load_file(path)
+    except SafetensorError as error:
+        raise _damaged(path, error) from None
+    try:
+        model.load_state_dict(state)
     except RuntimeError as error:
         raise ValueError(f"{path} does not fit the model: {' '.join(str(error).split())}") from None
 
@@ -137,6 +148,21 @@ def set_random_states(states: Mapping[str, Any], device: torch.device) -> None:
     torch.set_rng_state(states["torch"])
     if states["cuda"] is not None and device.type == "cuda":
         torch.cuda.set_rng_state(states["cuda"], device)
+
+
+def _discard(checkpoint: Path) -> None:
+    """Delete a checkpoint; renamed first, since half of one must not look like a checkpoint."""
+    doomed = checkpoint.with_name(f"{checkpoint.name}.tmp-old")
+    os.replace(checkpoint, doomed)
+    shutil.rmtree(doomed)
+
+
+def _damaged(file: Path, error: Exception) -> ValueError:
+    """The error to raise for a file that cannot be read, with the way out where there is one."""
+    folder = file.parent
+    older = [path for path in checkpoints(folder.parent) if path.name < folder.name]
+    remedy = f"; delete {folder} to go on from {older[-1].name}" if older else ""
+    return ValueError(f"{file} is damaged: {' '.join(str(error).split())}{remedy}")
 
 
 def _flush(path: Path) -> None:

@@ -12,7 +12,7 @@ import math
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -44,7 +44,7 @@ CHANGEABLE = (
 
 
 class TrainingStopped(RuntimeError):
-    """Too many steps in a row had a loss or a gradient that is not finite."""
+    """Too many steps in a row were not finite, or the weights are not."""
 
 
 class Trainer:
@@ -56,9 +56,8 @@ class Trainer:
 
     Raises:
         FileExistsError: `run` holds a run already and `resume` is not set.
-        ValueError: the data do not fit the model; or, resuming, `config` differs from the run's in
-        a
-            field that matters (the field is named).
+        ValueError: the data do not fit the model; or, resuming, the newest checkpoint is damaged,
+            or `config` differs from the run's in a field that matters (the field is named).
     """
 
     def __init__(
@@ -114,7 +113,8 @@ class Trainer:
     def train(self) -> None:
         """Take the steps that are left and save the last one.
 
-        Raises TrainingStopped after `train.max_bad_steps` steps in a row that had to be skipped.
+        Raises TrainingStopped after `train.max_bad_steps` steps in a row that had to be skipped,
+        and in place of saving weights that are not finite.
         """
         train = self.config.train
         resumed = self.step
@@ -124,15 +124,16 @@ class Trainer:
             parameters = sum(p.numel() for p in self.parameters)
             log.event(resumed, event="resume" if resumed else "start", parameters=parameters)
             meter = _Meter()
+            due = False
             for batch in batches(self.dataset, self.order, resumed, train.steps):
                 values = self.train_step(batch)
                 log.advance(self.step)
                 meter.add(values)
                 if self.bad_in_row >= train.max_bad_steps:
-                    log.event(self.step, event="stopped", bad_in_row=self.bad_in_row)
-                    raise TrainingStopped(
-                        f"stopped at step {self.step}: the loss or the gradient was not finite in "
-                        f"{self.bad_in_row} steps in a row (train.max_bad_steps)"
+                    self._stop(
+                        log,
+                        f"the loss or the gradient was not finite in {self.bad_in_row} steps in a "
+                        "row (train.max_bad_steps)",
                     )
                 last = self.step == train.steps
                 if self.step % train.log_every == 0 or last:
@@ -140,9 +141,23 @@ class Trainer:
                     meter = _Meter()
                 if train.sample_every and (self.step % train.sample_every == 0 or last):
                     self._sample(log)
-                if self.step % train.checkpoint_every == 0 or last:
+                due = due or self.step % train.checkpoint_every == 0 or last
+                # The weights of a streak of bad steps may be past saving, and would push out good
+                # checkpoints: the step that ends the streak is saved instead.
+                if last or (due and self.bad_in_row == 0):
+                    if not self._finite():
+                        self._stop(log, "the weights are not finite")
                     self.save()
+                    due = False
                 meter.resume()
+
+    def _stop(self, log: RunLog, reason: str) -> NoReturn:
+        log.event(self.step, event="stopped", bad_in_row=self.bad_in_row)
+        raise TrainingStopped(f"stopped at step {self.step}: {reason}")
+
+    def _finite(self) -> bool:
+        values = [*self.parameters, *self.ema.model.parameters()]
+        return bool(torch.stack([value.isfinite().all() for value in values]).all())
 
     def train_step(self, batch: Batch) -> dict[str, float]:
         """One step of the optimizer on a batch of `train.batch_size` images.
@@ -231,7 +246,6 @@ class Trainer:
             "step": self.step,
             "images": len(self.dataset),
             "skipped": self.skipped,
-            "bad_in_row": self.bad_in_row,
             "optimizer": self.optimizer.state_dict(),
             "random": random_states(self.device),
         }
@@ -247,7 +261,6 @@ class Trainer:
             )
         self.optimizer.load_state_dict(state["optimizer"])
         self.step, self.skipped = state["step"], state["skipped"]
-        self.bad_in_row = state["bad_in_row"]
         set_random_states(state["random"], self.device)
 
     def _log(self, log: RunLog, meter: _Meter) -> None:
