@@ -11,6 +11,8 @@ def test_facts_name_versions_threads_and_the_extension(capsys) -> None:
     told = capsys.readouterr().out
     assert torch.__version__ in told and "safetensors" in told and "processors" in told
     assert ("built by" in told) == (_extension.C is not None)
+    for name, *backends in info.operations():
+        assert all(word in told for word in (name, *backends))
 
 
 def test_a_missing_extension_is_explained(monkeypatch) -> None:
@@ -28,7 +30,8 @@ def test_a_missing_extension_is_explained(monkeypatch) -> None:
     assert "pip install ." in facts["to get it"]
 
 
-def test_operations_are_listed_with_what_runs_them(capsys) -> None:
+def test_operations_are_listed_with_what_runs_them(capsys, monkeypatch) -> None:
+    monkeypatch.delenv("TIM_KERNELS", raising=False)
     rows = {name: backends for name, *backends in info.operations()}
     assert rows.keys() == ops.available().keys()
     for name, devices in ops.available().items():
@@ -36,10 +39,18 @@ def test_operations_are_listed_with_what_runs_them(capsys) -> None:
             assert (told == "kernel") == (device in devices), (name, device, told)
     assert info.main(["--ops"]) == 0
     told = capsys.readouterr().out
-    assert all(name in told for name in rows)
+    assert all(name in told for name in rows) and "python" not in told
+
+
+def test_kernels_that_are_turned_off_are_not_said_to_run(monkeypatch) -> None:
+    monkeypatch.setenv("TIM_KERNELS", "off")
+    assert {told for _, *backends in info.operations() for told in backends} == {
+        "PyTorch (TIM_KERNELS=off)"
+    }
 
 
 def test_operations_without_the_extension(monkeypatch) -> None:
+    monkeypatch.delenv("TIM_KERNELS", raising=False)
     monkeypatch.setattr(_extension, "C", None)
     monkeypatch.setattr(ops, "available", lambda: {"swiglu": ()})
     expected = [f"PyTorch ({device} kernels not built)" for device in ("cpu", "cuda")]

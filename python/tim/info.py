@@ -15,7 +15,7 @@ class Info:
     """Versions, the compiled extension, devices and threads."""
 
     ops: bool = False
-    """Also list each operation: which runs on a compiled kernel, and why not the others."""
+    """Only the table of operations: which run on a compiled kernel, and why not the others."""
 
 
 def main(arguments: list[str]) -> int:
@@ -25,9 +25,10 @@ def main(arguments: list[str]) -> int:
 
     command = parse(Info, "tim info", arguments)
     console = Console(soft_wrap=True)
-    console.print(_table(("", ""), facts()))
-    if command.ops:
-        console.print(_table(("operation", "cpu", "cuda"), operations()))
+    if not command.ops:
+        console.print(_table(("", ""), facts()))
+        console.print()
+    console.print(_table(("operation", "cpu", "cuda"), operations()))
     return 0
 
 
@@ -55,8 +56,6 @@ def facts() -> list[tuple[str, str]]:
         ]
         if build.get("remedy"):
             extension.append(("to get more", f"{build['reason']}: {build['remedy']}"))
-    if os.environ.get("TIM_KERNELS", "").lower() == "off":
-        extension.append(("TIM_KERNELS", "off: every operation runs its PyTorch reference"))
     devices = [
         (f"cuda:{i}", f"{p.name}, {p.total_memory / 1e9:.0f} GB, compute {p.major}.{p.minor}")
         for i in range(torch.cuda.device_count())
@@ -85,6 +84,8 @@ def operations() -> list[tuple[str, str, str]]:
 def _backend(name: str, device: str, devices: tuple[str, ...]) -> str:
     from tim import _extension
 
+    if os.environ.get("TIM_KERNELS", "").lower() == "off":
+        return "PyTorch (TIM_KERNELS=off)"
     if device in devices:
         return "kernel"
     if _extension.kernels(device) is None:
