@@ -149,8 +149,17 @@ def test_without_gradient(config):
     torch.testing.assert_close(actual, expected)
 
 
-def test_compiled_with_its_derivative():
-    config = dataclasses.replace(LABELS, depth=1, encoder_depth=1)
+@EACH_KIND
+def test_empty_batch(config):
+    config = dataclasses.replace(config, depth=1, encoder_depth=1)
+    inputs = tuple(tensor[:0] for tensor in arguments(config))
+    for out in jvp(network(config), inputs, inputs[0]):
+        assert out.shape == inputs[0].shape
+
+
+@EACH_KIND
+def test_compiled_with_its_derivative(config):
+    config = dataclasses.replace(config, depth=1, encoder_depth=1)
     model, inputs, v = network(config), arguments(config), velocity(config, torch.float32)
     compiled = torch.compile(lambda v: jvp(model, inputs, v), backend="aot_eager", fullgraph=True)
     assert_same_derivative(compiled(v), jvp(model, inputs, v))

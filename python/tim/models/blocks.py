@@ -8,7 +8,7 @@ from torch import Tensor
 
 from tim import ops
 from tim.models.config import TiMConfig
-from tim.models.layers import Linear, SwiGLU
+from tim.models.layers import LayerNorm, Linear, SwiGLU
 
 #: Output of a sub-layer and its gate, not yet added to the tokens.
 Update: TypeAlias = tuple[Tensor, Tensor] | None
@@ -80,10 +80,10 @@ class CrossAttention(nn.Module):
         return self.proj(ops.attention(_rotate(q, rope).to(v.dtype), k.to(v.dtype), v).flatten(2))
 
 
-def _head_norms(config: TiMConfig) -> tuple[nn.LayerNorm | None, nn.LayerNorm | None]:
+def _head_norms(config: TiMConfig) -> tuple[LayerNorm | None, LayerNorm | None]:
     if not config.qk_norm:
         return None, None
-    return nn.LayerNorm(config.head_dim), nn.LayerNorm(config.head_dim)
+    return LayerNorm(config.head_dim), LayerNorm(config.head_dim)
 
 
 def _rotate(x: Tensor, rope: Tables) -> Tensor:

@@ -7,7 +7,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from tim import ops
-from tim.models.layers import Linear, SwiGLU
+from tim.models.layers import LayerNorm, Linear, SwiGLU
 from tim.models.tables import cached
 
 FREQUENCIES = 128
@@ -29,8 +29,9 @@ class PatchEmbedder(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         p = self.patch_size
         batch, channels, height, width = x.shape
-        patches = x.reshape(batch, channels, height // p, p, width // p, p)
-        patches = patches.permute(0, 2, 4, 1, 3, 5).reshape(batch, -1, channels * p * p)
+        rows, columns = height // p, width // p
+        patches = x.reshape(batch, channels, rows, p, columns, p).permute(0, 2, 4, 1, 3, 5)
+        patches = patches.reshape(batch, rows * columns, channels * p * p)
         return ops.linear(patches, self.proj.weight.flatten(1), self.proj.bias)
 
 
@@ -84,7 +85,7 @@ class CaptionEmbedder(nn.Module):
 
     def __init__(self, cap_feat_dim: int, hidden_size: int) -> None:
         super().__init__()
-        self.norm = nn.LayerNorm(cap_feat_dim)
+        self.norm = LayerNorm(cap_feat_dim)
         self.mlp = SwiGLU(cap_feat_dim, 4 * hidden_size, hidden_size)
 
     def forward(self, y: Tensor) -> Tensor:

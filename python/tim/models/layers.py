@@ -1,6 +1,7 @@
 """Layers that the embedders and the blocks share."""
 
 import torch.nn as nn
+import torch.nn.functional as F
 from torch import Tensor
 
 from tim import ops
@@ -11,6 +12,14 @@ class Linear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         return ops.linear(x, self.weight, self.bias)
+
+
+class LayerNorm(nn.LayerNorm):
+    """nn.LayerNorm over the last dimension that torch.compile can differentiate forward."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        # Not layer_norm's own affine form: its forward-mode rule breaks under torch.compile (2.13).
+        return F.layer_norm(x, self.normalized_shape, eps=self.eps) * self.weight + self.bias
 
 
 class SwiGLU(nn.Module):
