@@ -4,7 +4,7 @@
 the paper arranges them, in plain PyTorch: layer norms, modulation, rotation and gates one operation
 at a time, torch's scaled_dot_product_attention, and for the derivative two more forward passes of
 the samples with r < t. The code is ours. Parameters have the released names, so both networks load
-the same weights, and tests/bench/test_peers.py holds the two to the same numbers.
+the same weights, and tests/bench/test_bench_peers.py holds the two to the same numbers.
 """
 
 from __future__ import annotations

@@ -1,6 +1,8 @@
 import dataclasses
 import json
+import re
 import types
+from pathlib import Path
 
 import huggingface_hub
 import pytest
@@ -114,6 +116,42 @@ def test_lists_what_does_not_fit(tmp_path):
         save_file(state, path)
         load(path, config=LABELS)
     assert "\n" not in str(caught.value)
+
+
+def damaged(kind: str, folder: Path) -> Path:
+    """A source of which one file is damaged, and that file."""
+    if kind == "truncated":
+        path = save(network(LABELS), folder / "w.safetensors")
+        path.write_bytes(path.read_bytes()[:-8])
+        return path
+    if kind == "config.json":
+        network(LABELS).save_pretrained(folder)
+        (folder / kind).write_text("{")
+        return folder
+    path = folder / "w.pt"
+    if kind == "junk":
+        path.write_bytes(b"junk")
+    elif kind == "empty":
+        path.touch()
+    else:
+        torch.save([torch.zeros(1)], path)
+    return path
+
+
+@pytest.mark.parametrize("kind", ["truncated", "config.json", "junk", "empty", "list"])
+def test_names_the_damaged_file(kind, tmp_path):
+    source = damaged(kind, tmp_path)
+    file = source / kind if kind == "config.json" else source
+    with pytest.raises(ValueError, match=rf"^{re.escape(str(file))} is damaged: ") as caught:
+        load(source, config=LABELS if source.suffix == ".pt" else None)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["./run/x", "../x", "~/run", "runs/w.safetensors", "runs/w.pt"])
+def test_asks_no_hub_for_what_looks_like_a_path(name, monkeypatch):
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", None)
+    with pytest.raises(FileNotFoundError, match="neither a file, a directory nor a hub id"):
+        load(name)
 
 
 def test_from_pretrained_is_strict(tmp_path):

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -47,7 +48,7 @@ def load(
     Raises:
         FileNotFoundError: nothing is there, on disk or (as far as can be reached) on the hub.
         ValueError: no configuration is known for the weights, one is given where the source brings
-            its own, or names or shapes of the weights differ from the network's.
+            its own, names or shapes of the weights differ from the network's, or a file is damaged.
     """
     path = Path(source)
     if path.is_dir():
@@ -69,9 +70,10 @@ def load_weights(
     """The network of `config` with the weights of one file.
 
     Raises:
-        ValueError: names or shapes differ from the network's; lists the differences.
+        ValueError: names or shapes differ from the network's (lists the differences), or the file
+            is damaged.
     """
-    state = _read(path, torch.device(device))
+    state = _read(path)
     with torch.device("meta"):
         model = TiM(config)
     _check_state(state, model.state_dict(), path)
@@ -99,10 +101,11 @@ def fetch(repository: str, file: str, **options: Any) -> Path:
 
 def _from_directory(path: Path) -> tuple[TiMConfig, Path]:
     if (path / CONFIG_FILE).is_file():
-        return _json_config((path / CONFIG_FILE).read_text(), path), path / WEIGHTS_FILE
+        return _json_config(path / CONFIG_FILE), path / WEIGHTS_FILE
     if not (path / "config.yaml").is_file():
         raise FileNotFoundError(f"{path} must hold config.json or config.yaml, got neither")
-    run = yaml.safe_load((path / "config.yaml").read_text())
+    with _damage(path / "config.yaml"):
+        run = yaml.safe_load((path / "config.yaml").read_text())
     if not isinstance(run, Mapping) or not isinstance(run.get("model"), Mapping):
         raise ValueError(f"{path / 'config.yaml'} must have a mapping `model`")
     steps = [
@@ -117,29 +120,52 @@ def _from_directory(path: Path) -> tuple[TiMConfig, Path]:
 def _from_hub(name: str) -> tuple[TiMConfig | None, Path]:
     owner, _, rest = name.partition("/")
     repository, _, file = rest.partition("/")
-    if not repository or Path(name).is_absolute():
+    # The hub's client retries for half a minute when out of reach: no need to ask for a path.
+    looks_like_path = name.startswith((".", "/", "~")) or (
+        not file and repository.endswith((*PICKLED, ".safetensors"))
+    )
+    if not repository or looks_like_path or Path(name).is_absolute():
         raise FileNotFoundError(f"{name} is neither a file, a directory nor a hub id owner/name")
     repository = f"{owner}/{repository}"
     if file:
         path = fetch(repository, file)
         return _metadata_config(path), path
     config = fetch(repository, CONFIG_FILE)
-    return _json_config(config.read_text(), config), fetch(repository, WEIGHTS_FILE)
+    return _json_config(config), fetch(repository, WEIGHTS_FILE)
 
 
 def _metadata_config(path: Path) -> TiMConfig | None:
     if path.suffix != ".safetensors":
         return None
-    with safe_open(path, framework="pt") as file:
-        metadata = file.metadata() or {}
-    return _json_config(metadata["config"], path) if "config" in metadata else None
+    with _damage(path):
+        with safe_open(path, framework="pt") as file:
+            text = (file.metadata() or {}).get("config")
+        values = None if text is None else json.loads(text)
+    return None if text is None else _config(values, path)
 
 
-def _json_config(text: str, origin: Path) -> TiMConfig:
-    values = json.loads(text)
+def _json_config(path: Path) -> TiMConfig:
+    with _damage(path):
+        values = json.loads(path.read_text())
+    return _config(values, path)
+
+
+def _config(values: object, origin: Path) -> TiMConfig:
     if not isinstance(values, Mapping):
-        raise ValueError(f"the configuration in {origin} must be a mapping, got {text[:40]!r}")
+        raise ValueError(f"{origin} is damaged: its configuration is no mapping")
     return TiMConfig.from_dict(values)
+
+
+@contextmanager
+def _damage(path: Path) -> Iterator[None]:
+    """Whatever a parser says of a file that is there, as one ValueError that names the file."""
+    try:
+        yield
+    except OSError:
+        raise
+    except Exception as error:  # an unpickler given junk may raise anything
+        reason = str(error).strip().split("\n")[0]
+        raise ValueError(f"{path} is damaged: {reason or type(error).__name__}") from error
 
 
 def _choose_config(
@@ -161,11 +187,17 @@ def _choose_config(
     return given
 
 
-def _read(path: Path, device: torch.device) -> dict[str, Tensor]:
-    if path.suffix in PICKLED:
-        return torch.load(path, map_location=device, weights_only=True)
-    with safe_open(path, framework="pt", device=str(device)) as file:
-        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+def _read(path: Path) -> dict[str, Tensor]:
+    with _damage(path):
+        if path.suffix in PICKLED:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+        else:
+            with safe_open(path, framework="pt") as file:
+                state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    tensors = isinstance(state, Mapping) and all(isinstance(v, Tensor) for v in state.values())
+    if not tensors:
+        raise ValueError(f"{path} is damaged: it holds no mapping of names to tensors")
+    return state
 
 
 def _check_state(state: Mapping[str, Tensor], expected: Mapping[str, Tensor], path: Path) -> None:
