@@ -58,6 +58,14 @@ def test_what_is_no_image_folder(tmp_path) -> None:
         list_images(tmp_path)
 
 
+def test_links_to_a_folder_above_are_not_followed(tmp_path) -> None:
+    paint(tmp_path / "all" / "cat" / "a.png")
+    paint(tmp_path / "elsewhere" / "b.png")
+    (tmp_path / "all" / "cat" / "loop").symlink_to(tmp_path / "all")
+    (tmp_path / "all" / "dog").symlink_to(tmp_path / "elsewhere")
+    assert list_images(tmp_path / "all")[0] == ["cat/a.png", "dog/b.png"]
+
+
 def test_centre_square(tmp_path) -> None:
     canvas = np.zeros((10, 30, 3), np.uint8)
     canvas[:, :10], canvas[:, 10:20], canvas[:, 20:] = RED, GREEN, BLUE
@@ -81,6 +89,7 @@ def test_modes(tmp_path, channels) -> None:
     level = 100
     sixteen = Image.fromarray(np.full((9, 9), level * 257, np.uint16))
     sixteen.save(tmp_path / "i16.png")
+    Image.fromarray(np.full((9, 9), level, np.int32)).save(tmp_path / "i32.tif")
     paint(tmp_path / "grey.png", level, mode="L")
     paint(tmp_path / "grey.jpg", level, mode="L")
     paint(tmp_path / "rgb.webp", (level,) * 3, lossless=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -103,7 +104,7 @@ def list_images(path: Path) -> tuple[list[str], list[int], list[str]]:
         raise FileNotFoundError(f"data.path: {path} is not a folder")
     found = sorted(
         Path(folder, name).relative_to(path)
-        for folder, _, names in os.walk(path, followlinks=True)
+        for folder, names in _walk(path)
         for name in names
         if Path(name).suffix.lower() in SUFFIXES and not name.startswith(".")
     )
@@ -118,6 +119,18 @@ def list_images(path: Path) -> tuple[list[str], list[int], list[str]]:
         )
     number = {name: i for i, name in enumerate(classes)}
     return [str(file) for file in found], [number[name] for name in top], classes
+
+
+def _walk(path: Path) -> Iterator[tuple[str, list[str]]]:
+    """Folders below `path` and their files; a link back to a folder it lies in is not followed."""
+    for folder, below, names in os.walk(path, followlinks=True):
+        real = os.path.realpath(folder)
+        below[:] = [
+            name
+            for name in below
+            if not f"{real}{os.sep}".startswith(f"{os.path.realpath(Path(folder, name))}{os.sep}")
+        ]
+        yield folder, names
 
 
 def load_image(path: str | Path, size: int, channels: int = 3) -> np.ndarray:
@@ -141,8 +154,11 @@ def load_image(path: str | Path, size: int, channels: int = 3) -> np.ndarray:
 def _flatten(image: Image.Image) -> Image.Image:
     """The image without transparency (on white) and with 8 bits per channel."""
     if image.mode in ("I", "I;16", "I;16B", "I;16L", "I;16N"):
-        # 16-bit grey; Pillow's own conversion to 8 bits clips instead of scaling.
-        return Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8))
+        # 16-bit grey; Pillow's own conversion to 8 bits clips instead of scaling. Files of
+        # 32 bits often hold 8-bit values.
+        levels = np.asarray(image).clip(0, 65535)
+        scale = 1 if image.mode == "I" and levels.max() <= 255 else 257
+        return Image.fromarray((levels // scale).astype(np.uint8))
     if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, "white")
