@@ -8,11 +8,13 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+import tim
 from tim import cli
 from tim.checkpoint import checkpoints
 
@@ -129,7 +131,9 @@ def test_mistakes_are_told_in_one_line(tmp_path, capsys, monkeypatch) -> None:
     assert "got [1, 8, 8]" in told(capsys, *train, "--model.in-channels", 3)
     assert not run.exists()
     assert "config.yaml: No such file" in told(capsys, "sample", run)
-    assert "commas" in told(capsys, "sample", run, "--steps", "1;2")
+    optional = told(capsys, "sample", run, "--steps", "1;2")
+    assert "--steps: expected whole numbers with commas" in optional and "lambda" not in optional
+    assert "give --transport.P-mean None" in told(capsys, *train, "--transport.name", "vp")
 
 
 def test_taken_and_changed_runs(tmp_path, capsys) -> None:
@@ -159,6 +163,14 @@ def test_a_run_that_has_to_stop_exits_with_1(tmp_path, capsys) -> None:
     assert told.startswith("tim train: stopped at step") and "3 steps in a row" in told
 
 
+def test_latents_are_not_said_to_be_pictures(tmp_path, capsys) -> None:
+    np.savez(tmp_path / "latents.npz", x=np.ones((8, 4, 8, 8), np.float32), y=np.arange(8))
+    data = ["--data.kind", "arrays", "--data.path", str(tmp_path / "latents.npz")]
+    flags = [*TINY, *data, "--model.in-channels", "4", "--train.steps", "1"]
+    assert cli.run(["train", "digits", "--run", str(tmp_path / "run"), *flags]) == 0
+    assert capsys.readouterr().err.splitlines()[-1] == "trained 1 steps"
+
+
 def test_help(capsys) -> None:
     assert cli.run(["--help"]) == 0
     told = capsys.readouterr().out
@@ -178,6 +190,19 @@ def test_help(capsys) -> None:
         "--train.checkpoint-every", "--train.seed", "--objective.derivative", "--cfg-scale",
     ):  # fmt: skip
         assert flag in told, flag
+
+
+def test_version(capsys) -> None:
+    assert cli.run(["--version"]) == 0
+    assert capsys.readouterr().out.strip() == tim.__version__
+
+
+def test_the_installed_command() -> None:
+    command = Path(sys.executable).with_name("tim")
+    if not command.is_file():
+        pytest.skip(f"{command} is not there: the package runs from its source tree")
+    done = subprocess.run([command, "--version"], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout.strip()) == (0, tim.__version__), done.stderr
 
 
 def test_tracebacks_can_be_had(tmp_path, monkeypatch) -> None:

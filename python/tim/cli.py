@@ -47,9 +47,9 @@ def run(arguments: list[str]) -> int:
         return 0 if arguments else 2
     name, *rest = arguments
     if name == "--version":
-        from importlib.metadata import version
+        import tim
 
-        print(version("transition-models"))
+        print(tim.__version__)
         return 0
     try:
         if name not in COMMANDS:
@@ -113,4 +113,6 @@ def _one_line(box: str) -> str:
     message, *notes = [text.strip("\n") for text in sections if text.strip()][box[0] != "╭" :]
     parts = [message, *(n for n in notes if n.startswith(("Perhaps", "Arguments similar")))]
     # Help texts of options are set in by eight blanks.
-    return " ".join(re.sub(r"\n {8}.*", "", ". ".join(parts)).split())
+    line = " ".join(re.sub(r"\n {8}.*", "", ". ".join(parts)).split())
+    # Of an optional value, tyro prints the whole type in front of the reason.
+    return re.sub(r"no type matching .* Got errors: - .*\]: ", "", line)

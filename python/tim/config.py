@@ -79,6 +79,10 @@ class TransportConfig:
         from tim import transports
 
         given = {k: v for k, v in dataclasses.asdict(self).items() if v is not None}
+        known = {f.name for f in dataclasses.fields(transports.TRANSPORTS[self.name])}
+        if foreign := [name for name in given if name not in known and name != "name"]:
+            flags = " ".join(f"--transport.{name.replace('_', '-')} None" for name in foreign)
+            raise ValueError(f"{self.name} has no {', '.join(foreign)}: give {flags}")
         return transports.get(**given)
 
 

@@ -16,8 +16,7 @@ def ema_weight(
     halflife_images: int | None = None,
     rampup: float = 0.05,
 ) -> float:
-    """Share of the new weights, w in ema <- (1 - w) ema + w new, after a step of `batch_size`
-    images.
+    """Share w of the new weights in ema <- (1 - w) ema + w new after a step of `batch_size` images.
 
     w = 1 - decay, or with a half-life in images w = 1 - 2^(-batch_size / halflife), which does not
     depend on the batch size chosen. `rampup` > 0 limits the half-life to that share of the images

@@ -156,8 +156,7 @@ PRESETS: dict[str, Callable[[], RunConfig]] = {
 
 
 def get(name: str, **changes: object) -> RunConfig:
-    """The preset called `name`, with whole sections replaced: get("digits",
-    train=TrainConfig(...)).
+    """The preset called `name`, with whole sections replaced: `train=TrainConfig(...)`.
 
     Raises ValueError for an unknown name.
     """

@@ -54,7 +54,10 @@ def main(arguments: list[str]) -> int:
     except KeyboardInterrupt:
         print(f"interrupted at step {trainer.step}; --resume goes on", file=sys.stderr)
         return 130
-    print(f"trained {trainer.step} steps; to look at it: tim sample {command.run}", file=sys.stderr)
+    # Latents have more channels than a picture and no decoder here.
+    pictures = trainer.dataset.shape[0] in (1, 3)
+    hint = f"; to look at it: tim sample {command.run}" if pictures else ""
+    print(f"trained {trainer.step} steps{hint}", file=sys.stderr)
     return 0
 
 
