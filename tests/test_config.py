@@ -138,5 +138,5 @@ def test_built_objects_have_the_configured_values() -> None:
     guidance = dataclasses.replace(objective.guidance, enabled=True, w_cond=0.5)
     loss = dataclasses.replace(objective, guidance=guidance).build(transport)
     assert loss.guidance.w_cond == 0.5
-    with pytest.raises(ValueError, match="vp has no P_mean: give --transport.P-mean None"):
+    with pytest.raises(ValueError, match=r"vp has no P_mean: give --transport\.P-mean None"):
         TransportConfig(name="vp", P_mean=0.0).build()
