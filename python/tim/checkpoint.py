@@ -27,8 +27,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-MODEL, AVERAGE, STATE = "model.safetensors", "ema.safetensors", "state.pt"
-_COMPLETE = re.compile(r"\d{8,}")
+from tim.models.loading import CHECKPOINT_FILES, checkpoints
+
+MODEL, AVERAGE, STATE = CHECKPOINT_FILES
 _TEMPORARY = re.compile(r"\d{8,}\.tmp-.*")
 
 
@@ -61,15 +62,6 @@ def save_checkpoint(
     for old in checkpoints(folder)[:-keep]:
         _discard(old)
     return final
-
-
-def checkpoints(folder: Path) -> list[Path]:
-    """Complete checkpoints below `folder`, oldest first."""
-    if not folder.is_dir():
-        return []
-    found = [path for path in folder.iterdir() if _COMPLETE.fullmatch(path.name)]
-    whole = [p for p in found if all((p / name).is_file() for name in (MODEL, AVERAGE, STATE))]
-    return sorted(whole, key=lambda path: int(path.name))
 
 
 def latest_checkpoint(folder: Path) -> Path | None:

@@ -80,12 +80,16 @@ def test_configuration_that_contradicts_the_file(tmp_path):
 
 def test_newest_checkpoint_of_a_run(tmp_path):
     (tmp_path / "config.yaml").write_text(yaml.safe_dump({"model": LABELS.to_dict(), "train": {}}))
-    with pytest.raises(FileNotFoundError, match=r"holds no checkpoints/<step>/ema.safetensors"):
+    with pytest.raises(FileNotFoundError, match=r"holds no complete checkpoints/<step>"):
         load(tmp_path)
     # By number, not by name; what is not a finished step does not count.
-    for seed, step in enumerate(("00999", "01000", "5", "02000.tmp")):
-        save(network(LABELS, seed=seed), tmp_path / "checkpoints" / step / "ema.safetensors")
-    (tmp_path / "checkpoints" / "03000").mkdir()
+    steps = ("99999999", "100000000", "00000005", "200000000.tmp-1", "300000000")
+    for seed, step in enumerate(steps):
+        folder = tmp_path / "checkpoints" / step
+        save(network(LABELS, seed=seed), folder / "ema.safetensors")
+        (folder / "model.safetensors").touch()
+        if step != "300000000":
+            (folder / "state.pt").touch()
     assert_same(load(tmp_path), network(LABELS, seed=1))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -20,8 +21,11 @@ from tim.models.tim import TiM
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
+AVERAGE_FILE = "ema.safetensors"
+CHECKPOINT_FILES = (WEIGHTS_FILE, AVERAGE_FILE, "state.pt")
 PICKLED = (".bin", ".pt", ".pth")
 LISTED_KEYS = 8
+_STEP = re.compile(r"\d{8,}")
 
 
 def load(
@@ -35,7 +39,8 @@ def load(
 
     Args:
         source: one of
-            - a run directory: config.yaml, and ema.safetensors of its newest checkpoint;
+            - a run directory: config.yaml, and ema.safetensors of its newest complete
+              checkpoint;
             - a directory written by `save_pretrained`: config.json and model.safetensors;
             - a weight file, .safetensors or PyTorch's .bin, .pt, .pth;
             - a hub repository "owner/name" written by `push_to_hub`, or one weight file of it,
@@ -108,13 +113,19 @@ def _from_directory(path: Path) -> tuple[TiMConfig, Path]:
         run = yaml.safe_load((path / "config.yaml").read_text())
     if not isinstance(run, Mapping) or not isinstance(run.get("model"), Mapping):
         raise ValueError(f"{path / 'config.yaml'} must have a mapping `model`")
-    steps = [
-        p.parent for p in path.glob("checkpoints/*/ema.safetensors") if p.parent.name.isdigit()
-    ]
-    if not steps:
-        raise FileNotFoundError(f"{path} holds no checkpoints/<step>/ema.safetensors")
-    newest = max(steps, key=lambda folder: int(folder.name))
-    return TiMConfig.from_dict(run["model"]), newest / "ema.safetensors"
+    complete = checkpoints(path / "checkpoints")
+    if not complete:
+        raise FileNotFoundError(f"{path} holds no complete checkpoints/<step>")
+    return TiMConfig.from_dict(run["model"]), complete[-1] / AVERAGE_FILE
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """Complete checkpoints of a training run below `folder`, oldest first."""
+    if not folder.is_dir():
+        return []
+    found = [path for path in folder.iterdir() if _STEP.fullmatch(path.name)]
+    whole = [p for p in found if all((p / name).is_file() for name in CHECKPOINT_FILES)]
+    return sorted(whole, key=lambda path: int(path.name))
 
 
 def _from_hub(name: str) -> tuple[TiMConfig | None, Path]:
