@@ -3,6 +3,7 @@
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -45,3 +46,22 @@ def find_pybind11(folder: Path) -> subprocess.CompletedProcess:
         ["bash", "-c", f"{function.group()}\nfind_pybind11"],
         env={"PYBIND11_DIR": str(folder)}, capture_output=True, text=True,
     )  # fmt: skip
+
+
+def test_needs_torch_and_numpy_alone():
+    code = """
+import sys
+for name in ("yaml", "safetensors", "huggingface_hub"):
+    sys.modules[name] = None
+import tim.bench.step
+from tim import models
+model = models.TiM(models.TiMConfig(hidden_size=16, num_heads=2, depth=1))
+for call in (model.save_pretrained, model.push_to_hub, model.from_pretrained):
+    try:
+        call("x")
+    except ImportError as error:
+        assert "needs the package safetensors" in str(error), error
+    else:
+        raise AssertionError(call)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -11,8 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
-from safetensors import safe_open
 from torch import Tensor
 
 from tim.models.config import TiMConfig
@@ -105,6 +103,8 @@ def fetch(repository: str, file: str, **options: Any) -> Path:
 
 
 def _from_directory(path: Path) -> tuple[TiMConfig, Path]:
+    import yaml
+
     if (path / CONFIG_FILE).is_file():
         return _json_config(path / CONFIG_FILE), path / WEIGHTS_FILE
     if not (path / "config.yaml").is_file():
@@ -148,6 +148,8 @@ def _from_hub(name: str) -> tuple[TiMConfig | None, Path]:
 def _metadata_config(path: Path) -> TiMConfig | None:
     if path.suffix != ".safetensors":
         return None
+    from safetensors import safe_open
+
     with _damage(path):
         with safe_open(path, framework="pt") as file:
             text = (file.metadata() or {}).get("config")
@@ -203,6 +205,8 @@ def _read(path: Path) -> dict[str, Tensor]:
         if path.suffix in PICKLED:
             state = torch.load(path, map_location="cpu", weights_only=True)
         else:
+            from safetensors import safe_open
+
             with safe_open(path, framework="pt") as file:
                 state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     tensors = isinstance(state, Mapping) and all(isinstance(v, Tensor) for v in state.values())

@@ -8,8 +8,6 @@ from typing import Any
 
 import torch
 import torch.nn as nn
-from huggingface_hub import PyTorchModelHubMixin
-from safetensors.torch import save_file
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
@@ -17,13 +15,14 @@ from torch.utils.checkpoint import checkpoint
 from tim.models.blocks import Block, FinalLayer, add_update, norm_without_parameters
 from tim.models.config import TiMConfig
 from tim.models.embeddings import CaptionEmbedder, LabelEmbedder, PatchEmbedder, TimeEmbedder
+from tim.models.hub import HubMixin
 from tim.models.layers import Linear
 from tim.models.rope import rope_tables
 
 
 class TiM(
     nn.Module,
-    PyTorchModelHubMixin,
+    HubMixin,
     library_name="transition-models",
     paper_url="https://arxiv.org/abs/2509.04394",
     tags=["transition-models", "image-generation"],
@@ -209,6 +208,8 @@ class TiM(
         nn.init.zeros_(self.final_layer.linear.weight)
 
     def _save_pretrained(self, save_directory: Path) -> None:
+        from safetensors.torch import save_file
+
         metadata = {"format": "pt", "config": json.dumps(self.config.to_dict())}
         save_file(self.state_dict(), save_directory / "model.safetensors", metadata)
 
