@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._subclasses import FakeTensorMode
 
 from tim import _extension, ops
+from tim.ops import _dispatch as dispatch
 
 ROOT = Path(__file__).parents[1]
 INFO = _extension.build_info()
@@ -64,6 +66,17 @@ def test_what_python_let_through_is_refused() -> None:
         _extension.C.cuda.qk_norm_rope(*[p] * 10, 1, 1, 1, 258, 774, 774, 1e-5, 0, 0)
     with pytest.raises(ValueError, match="data_dtype must be dtype, or 0"):
         _extension.C.cuda.transition_loss_backward(p, p, p, p, 1, 4, 8, True, 0, 1, 0)
+
+
+@with_cuda
+@pytest.mark.parametrize(
+    ("name", "shape", "limit"), [("adaln", (1, 1), 8192), ("qk_norm_rope", (1, 1, 3, 1), 256)]
+)
+def test_rows_too_long_for_registers_run_the_reference(name, shape, limit) -> None:
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        fits, too_long = (torch.empty(*shape, n, device="cuda") for n in (limit, limit + 2))
+    assert dispatch.why_not(name, fits) is None
+    assert f"takes rows up to {limit}, got {limit + 2}" in dispatch.why_not(name, too_long)
 
 
 @with_cuda

@@ -11,6 +11,7 @@ Two rules keep this package's worst bug, a silent zero tangent, out:
 from __future__ import annotations
 
 import functools
+import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -29,6 +30,8 @@ KERNEL_DTYPES = {
     "cpu": (torch.float32, torch.bfloat16),
     "cuda": (torch.float32, torch.bfloat16, torch.float16),
 }
+#: Longest rows, the last dimension of the first tensor, that kernels hold in registers on a GPU.
+CUDA_WIDTHS = {"adaln": 8192, "qk_norm_rope": 256}
 #: Operations with kernels, in the order in which a transformer block and the objective meet them.
 KERNEL_OPS = ("interpolate", "adaln", "qk_norm_rope", "swiglu", "transition_loss")
 
@@ -74,6 +77,10 @@ def why_not(name: str, *tensors: Tensor) -> str | None:
         return _extension.REASON or f"the extension has no {device} kernel for {name}"
     if dtype not in KERNEL_DTYPES[device]:
         return f"{device} kernels take {_names(KERNEL_DTYPES[device])}, got {dtype}"
+    if device == "cuda" and first.shape[-1] > CUDA_WIDTHS.get(name, math.inf):
+        return (
+            f"the cuda kernel of {name} takes rows up to {CUDA_WIDTHS[name]}, got {first.shape[-1]}"
+        )
     for tensor in tensors:
         if tensor.dtype != dtype or tensor.device != first.device:
             return f"inputs differ in dtype or device: {dtype} and {tensor.dtype}"
