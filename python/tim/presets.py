@@ -34,7 +34,7 @@ def digits() -> RunConfig:
         transport=TransportConfig(P_mean=-0.4),
         data=DataConfig(kind="digits"),
         train=TrainConfig(
-            steps=3000,
+            steps=2000,
             batch_size=64,
             lr=2e-3,
             beta2=0.99,
