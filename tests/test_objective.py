@@ -517,6 +517,8 @@ def test_captions():
         ({"transport": "ot_fm"}, TypeError, "transport must be a Transport (tim.transports.get)"),
         ({"derivative": "fd"}, ValueError, "derivative must be 'jvp' or 'dde', got 'fd'"),
         ({"epsilon": 0}, ValueError, "epsilon must be positive, got 0"),
+        ({"epsilon": float("nan")}, ValueError, "epsilon must be finite, got nan"),
+        ({"diffusion_ratio": "half"}, TypeError, "diffusion_ratio must be a number, got 'half'"),
         ({"diffusion_ratio": 1.5}, ValueError, "diffusion_ratio must be in [0, 1], got 1.5"),
         (
             {"diffusion_ratio": 0.8, "consistency_ratio": 0.3},
@@ -532,6 +534,7 @@ def test_captions():
             "use time_weight_map=None",
         ),
         ({"guidance": 0.5}, TypeError, "guidance must be a mapping or Guidance, got float"),
+        ({"guidance": {"w_gt": None}}, TypeError, "guidance w_gt must be a number, got None"),
         ({"guidance": {"w": 1}}, ValueError, "guidance has no field 'w', only w_gt, w_cond"),
         ({"guidance": {"along": "x"}}, ValueError, "along must be 'guided' or 'data', got 'x'"),
         ({"guidance": {"w_start": 0.9}}, ValueError, "guidance needs w_start <= w_end"),
@@ -547,6 +550,13 @@ def test_constructor_errors(changes, error, message):
     ("changes", "error", "message"),
     [
         ({"x": 1.0}, TypeError, "x must be a tensor, got float"),
+        ({"model": None}, TypeError, "model must be a network, got NoneType"),
+        ({"ema_model": "ema"}, TypeError, "ema_model must be a network, got str"),
+        ({"x": [1.0]}, TypeError, "x must be a tensor, got list"),
+        ({"t": 0.5, "r": 0.1}, TypeError, "t must be a tensor, got float"),
+        ({"null": 10}, TypeError, "null must be a tensor, got int"),
+        ({"y_guidance": [1] * 8}, TypeError, "y_guidance must be a tensor, got list"),
+        ({"features": [1.0]}, TypeError, "features must be a tensor, got list"),
         ({"x": torch.zeros(8, 3)}, ValueError, "x must have shape [B, C, H, W] with B > 0"),
         ({"x": torch.zeros(8, 2, 4, 4).long()}, TypeError, "x must have a floating-point dtype"),
         ({"z": torch.zeros(8, 2, 4, 5)}, ValueError, "z must match x, [8, 2, 4, 4]"),
@@ -578,7 +588,7 @@ def test_constructor_errors(changes, error, message):
 def test_call_errors(changes, error, message):
     loss = golden_loss("jvp", guidance=GUIDANCE)
     with pytest.raises(error) as caught:
-        loss(Small(), **(with_guidance(small_batch(), Small()) | changes))
+        loss(**({"model": Small()} | with_guidance(small_batch(), Small()) | changes))
     assert message in str(caught.value) and "\n" not in str(caught.value)
 
 

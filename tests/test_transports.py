@@ -1,3 +1,4 @@
+import dataclasses
 import math
 
 import pytest
@@ -359,6 +360,16 @@ def test_errors(arguments, message):
     with pytest.raises(ValueError) as error:
         transports.get(name, **params)
     assert message in str(error.value)
+
+
+@pytest.mark.parametrize("name", transports.TRANSPORTS)
+def test_parameters_must_be_finite_numbers(name):
+    for field in dataclasses.fields(transports.TRANSPORTS[name]):
+        with pytest.raises(TypeError, match=f"^{field.name} must be a number, got '1'$"):
+            transports.get(name, **{field.name: "1"})
+        for value in (float("nan"), float("inf")):
+            with pytest.raises(ValueError, match=f"^{field.name} must be finite, got {value}$"):
+                transports.get(name, **{field.name: value})
 
 
 def test_transports_are_immutable_values():

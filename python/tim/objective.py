@@ -11,6 +11,7 @@ import torch.nn.functional as torch_f
 from torch import Tensor
 
 from tim import ops
+from tim._checks import check_callable, check_floating, check_number, check_tensor
 from tim._passes import evaluating, without_gradient
 from tim.derivative import Network, central_pair, exact_derivative
 from tim.transports import Transport, rows
@@ -49,6 +50,8 @@ class Guidance:
     along: Literal["guided", "data"] = "guided"
 
     def __post_init__(self) -> None:
+        for name in ("w_gt", "w_cond", "w_start", "w_end"):
+            check_number(f"guidance {name}", getattr(self, name))
         if not self.w_start <= self.w_end:
             raise ValueError(
                 f"guidance needs w_start <= w_end, got w_start={self.w_start}, w_end={self.w_end}"
@@ -126,6 +129,8 @@ class TransitionLoss:
             )
         if self.derivative not in ("jvp", "dde"):
             raise ValueError(f"derivative must be 'jvp' or 'dde', got {self.derivative!r}")
+        for name in ("epsilon", "diffusion_ratio", "consistency_ratio"):
+            check_number(name, getattr(self, name))
         if not self.epsilon > 0:
             raise ValueError(f"epsilon must be positive, got {self.epsilon}")
         for name in ("diffusion_ratio", "consistency_ratio"):
@@ -177,7 +182,7 @@ class TransitionLoss:
         Raises:
             TypeError, ValueError: an argument is of the wrong type, dtype or shape, or missing.
         """
-        self._check(x, z, y, t, r, null, y_guidance, ema_model, features)
+        self._check(model, x, z, y, t, r, null, y_guidance, ema_model, features)
         x, z, n = x.detach(), z.detach(), round(self.diffusion_ratio * len(x))
         if t is None:
             t, r = self._draw_times(x, n)
@@ -291,14 +296,13 @@ class TransitionLoss:
         ahead, behind = self.transport.interpolant(t + e)[:2], self.transport.interpolant(t - e)[:2]
         return ops.interpolate(x, z, torch.stack([*ahead, *behind], dim=1))
 
-    def _check(self, x, z, y, t, r, null, y_guidance, ema_model, features) -> None:
+    def _check(self, model, x, z, y, t, r, null, y_guidance, ema_model, features) -> None:
+        check_callable("model", model)
         for name, value in (("x", x), ("z", z), ("y", y)):
-            if not isinstance(value, Tensor):
-                raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
+            check_tensor(name, value)
         if x.dim() != 4 or len(x) == 0:
             raise ValueError(f"x must have shape [B, C, H, W] with B > 0, got {list(x.shape)}")
-        if not x.dtype.is_floating_point:
-            raise TypeError(f"x must have a floating-point dtype, got {x.dtype}")
+        check_floating("x", x)
         if (z.shape, z.dtype, z.device) != (x.shape, x.dtype, x.device):
             raise ValueError(
                 f"z must match x, {list(x.shape)} {x.dtype} on {x.device}, "
@@ -309,20 +313,27 @@ class TransitionLoss:
         if (t is None) != (r is None):
             raise ValueError("t and r must be given together, got only one of them")
         for name, time in (("t", t), ("r", r)):
-            if time is not None and time.shape != x.shape[:1]:
+            if time is None:
+                continue
+            check_tensor(name, time)
+            check_floating(name, time)
+            if time.shape != x.shape[:1]:
                 raise ValueError(f"{name} must have shape [B] = [{len(x)}], got {list(time.shape)}")
-            if time is not None and not time.dtype.is_floating_point:
-                raise TypeError(f"{name} must have a floating-point dtype, got {time.dtype}")
         if self.guidance is not None:
             if ema_model is None or null is None:
                 raise ValueError("guidance needs ema_model and null, got None for one of them")
+            check_callable("ema_model", ema_model)
             condition = y if y_guidance is None else y_guidance
             for name, value in (("y_guidance", condition), ("null", null)):
+                check_tensor(name, value)
                 if value.shape != y.shape:
                     raise ValueError(
                         f"{name} must have the shape of y, {list(y.shape)}, got {list(value.shape)}"
                     )
-        if features is not None and (features.dim() != 3 or len(features) != len(x)):
+        if features is None:
+            return
+        check_tensor("features", features)
+        if features.dim() != 3 or len(features) != len(x):
             raise ValueError(
                 f"features must have shape [B, N, z_dim] with B = {len(x)}, "
                 f"got {list(features.shape)}"

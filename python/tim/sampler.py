@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 import torch
 from torch import Tensor
 
+from tim._checks import check_callable, check_floating, check_number, check_tensor
 from tim._passes import evaluating
 from tim.transports import FlowMatching, Transport
 
@@ -69,7 +70,7 @@ def sample(
 
     Source: arXiv 2509.04394 (transitions and resolution-dependent shift of the times).
     """
-    _check(y, noise, transport, cfg_scale, cfg_interval, null, stochasticity)
+    _check(model, y, noise, transport, cfg_scale, cfg_interval, null, stochasticity, generator)
     times = _times(transport, steps, schedule, shift)
     # The first and the last step are never noisy.
     noisy = _noise_source(noise, max(len(times) - 3, 0), stochasticity, generator, step_noise)
@@ -132,7 +133,10 @@ def _times(
     if not isinstance(schedule, str):
         if shift is not None:
             raise ValueError("shift needs schedule='shifted', got a schedule of explicit times")
-        times = torch.as_tensor(schedule, dtype=torch.float64, device="cpu")
+        try:
+            times = torch.as_tensor(schedule, dtype=torch.float64, device="cpu")
+        except (TypeError, ValueError):
+            raise TypeError(f"schedule must be a name or times, got {schedule!r}") from None
         if times.dim() != 1 or len(times) < 2:
             raise ValueError(f"schedule must have shape [steps + 1], got {list(times.shape)}")
         inside = transport.T_min <= times[-1] and times[0] <= transport.T_max
@@ -153,6 +157,7 @@ def _times(
         raise ValueError(f"shift and schedule='shifted' go together, got {schedule!r}, {shift}")
     if schedule == "linear":
         return torch.linspace(transport.T_max, transport.T_min, steps + 1, dtype=torch.float64)
+    check_number("shift", shift)
     if not shift > 0:
         raise ValueError(f"shift must be positive, got {shift}")
     u = shift_time(torch.linspace(1, 0, steps + 1, dtype=torch.float64), shift)
@@ -187,6 +192,7 @@ def _progress(indices: range, show: bool) -> Iterable[int]:
 
 
 def _check(
+    model: Callable,
     y: Tensor,
     noise: Tensor,
     transport: Transport,
@@ -194,28 +200,40 @@ def _check(
     cfg_interval: tuple[float, float],
     null: Tensor | None,
     stochasticity: float,
+    generator: torch.Generator | None,
 ) -> None:
+    check_callable("model", model)
     if not isinstance(transport, Transport):
         raise TypeError(f"transport must be a Transport (tim.transports.get), got {transport!r}")
     for name, value in (("y", y), ("noise", noise)):
-        if not isinstance(value, Tensor):
-            raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
+        check_tensor(name, value)
     if noise.dim() != 4:
         raise ValueError(f"noise must have shape [B, C, H, W], got {list(noise.shape)}")
-    if not noise.dtype.is_floating_point:
-        raise TypeError(f"noise must have a floating-point dtype, got {noise.dtype}")
+    check_floating("noise", noise)
     if y.dim() == 0 or len(y) != len(noise):
         raise ValueError(f"y must have B = {len(noise)} rows, got shape {list(y.shape)}")
+    check_number("cfg_scale", cfg_scale)
+    check_number("stochasticity", stochasticity)
     if not cfg_scale >= 1:
         raise ValueError(f"cfg_scale must be at least 1 (no guidance), got {cfg_scale}")
-    low, high = cfg_interval
-    if not low <= high:
+    try:
+        low, high = cfg_interval
+        ascending = low <= high
+    except (TypeError, ValueError):
+        raise TypeError(f"cfg_interval must be (low, high), got {cfg_interval!r}") from None
+    if not ascending:
         raise ValueError(f"cfg_interval must be (low, high) with low <= high, got {cfg_interval}")
     if cfg_scale > 1 and null is None:
         raise ValueError(f"cfg_scale {cfg_scale} needs null, the null labels or features, got None")
-    if null is not None and null.shape != y.shape:
-        raise ValueError(f"null must have the shape of y, {list(y.shape)}, got {list(null.shape)}")
+    if null is not None:
+        check_tensor("null", null)
+        if null.shape != y.shape:
+            raise ValueError(
+                f"null must have the shape of y, {list(y.shape)}, got {list(null.shape)}"
+            )
     if not 0 <= stochasticity <= 1:
         raise ValueError(f"stochasticity must be in [0, 1], got {stochasticity}")
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise TypeError(f"generator must be a torch.Generator, got {type(generator).__name__}")
     if stochasticity > 0 and not isinstance(transport, FlowMatching):
         raise ValueError(f"stochasticity needs transport ot_fm, got {transport.name}")

@@ -25,6 +25,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from tim._checks import check_number
+
 
 @dataclass(frozen=True, kw_only=True)
 class Transport:
@@ -44,6 +46,8 @@ class Transport:
     sigma_d: float = 1.0
 
     def __post_init__(self) -> None:
+        for field in fields(self):
+            check_number(field.name, getattr(self, field.name))
         low, high = self.domain
         if not low <= self.T_min < self.T_max <= high:
             raise ValueError(
@@ -380,7 +384,8 @@ TRANSPORTS: dict[str, type[Transport]] = {
 def get(name: str, **params) -> Transport:
     """The transport called ``name`` ("ot_fm", "trigflow", "edm", "vp", "ve") with its parameters.
 
-    Raises ValueError for an unknown name or parameter, or a value outside its range.
+    Raises ValueError for an unknown name or parameter, or a value that is not finite or outside its
+    range; TypeError for a value that is no number.
     """
     if name not in TRANSPORTS:
         raise ValueError(f"transport must be one of {', '.join(TRANSPORTS)}, got {name!r}")

@@ -103,6 +103,11 @@ def test_directories_that_are_no_source(tmp_path):
         load(tmp_path / "nothing.safetensors")
 
 
+def test_refuses_what_is_no_source():
+    with pytest.raises(TypeError, match="source must be a path or a hub id, got NoneType"):
+        load(None)
+
+
 def test_lists_what_does_not_fit(tmp_path):
     state = network(LABELS).state_dict()
     state["spare"] = state.pop("x_embedder.proj.bias")

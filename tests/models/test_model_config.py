@@ -80,6 +80,8 @@ def test_released_parameters_that_are_no_choice_here():
         TiMConfig.from_released({"mlp_ratio": 2.0})
     with pytest.raises(ValueError, match="unknown model settings: attn, window"):
         TiMConfig.from_released({"window": 3, "attn": 1})
+    with pytest.raises(TypeError, match="params must be a mapping, got NoneType"):
+        TiMConfig.from_released(None)
 
 
 def test_is_immutable():

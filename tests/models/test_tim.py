@@ -329,6 +329,22 @@ def test_refuses_bad_inputs_in_one_line(change, error, message):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("name", "xtry")
+def test_refuses_what_is_no_tensor(name):
+    inputs = dict(zip("xtry", arguments(LABELS), strict=True))
+    with pytest.raises(TypeError, match=f"^{name} must be a tensor, got list$"):
+        TiM(LABELS)(**{**inputs, name: [0.5] * 3})
+
+
+@pytest.mark.parametrize("shift", [-1, LABELS.num_classes + 1])
+def test_refuses_labels_out_of_range(shift):
+    x, t, r, _ = arguments(LABELS)
+    with pytest.raises(
+        ValueError, match=r"y must hold labels from 0 to \d+ \(the null label\), got"
+    ):
+        TiM(LABELS)(x, t, r, torch.full((3,), shift))
+
+
 def test_refuses_bad_captions():
     x, t, r, _ = arguments(CAPTIONS)
     with pytest.raises(ValueError, match=r"y must have shape \[B, M, K\] = \[3, M, 12\], got \[3"):

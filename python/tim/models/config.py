@@ -117,8 +117,11 @@ class TiMConfig:
         take the public implementation's defaults, and `rope_grid` is "released".
 
         Raises:
+            TypeError: not a mapping.
             ValueError: keys unknown to both sides, or a value this network does not implement.
         """
+        if not isinstance(params, Mapping):
+            raise TypeError(f"params must be a mapping, got {type(params).__name__}")
         values = {**_RELEASED_DEFAULTS, **params}
         for name in _RELEASED_IGNORED:
             values.pop(name, None)

@@ -77,7 +77,15 @@ class LabelEmbedder(nn.Module):
         self.embedding_table = nn.Embedding(num_classes + 1, hidden_size)
 
     def forward(self, y: Tensor) -> Tensor:
-        return self.embedding_table(y)
+        if torch.compiler.is_compiling():
+            return self.embedding_table(y)
+        try:
+            return self.embedding_table(y)
+        except IndexError:  # on a CPU; a GPU reports it later, on its own terms
+            raise ValueError(
+                f"y must hold labels from 0 to {self.embedding_table.num_embeddings - 1} (the null "
+                f"label), got labels from {y.min()} to {y.max()}"
+            ) from None
 
 
 class CaptionEmbedder(nn.Module):

@@ -49,10 +49,13 @@ def load(
         device, dtype: of the returned network; dtype None keeps that of the file.
 
     Raises:
+        TypeError: source is neither a string nor a path.
         FileNotFoundError: nothing is there, on disk or (as far as can be reached) on the hub.
         ValueError: no configuration is known for the weights, one is given where the source brings
             its own, names or shapes of the weights differ from the network's, or a file is damaged.
     """
+    if not isinstance(source, (str, Path)):
+        raise TypeError(f"source must be a path or a hub id, got {type(source).__name__}")
     path = Path(source)
     if path.is_dir():
         own, weights = _from_directory(path)

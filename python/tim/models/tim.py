@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
+from tim._checks import check_floating, check_tensor
 from tim.models.blocks import Block, FinalLayer, add_update, norm_without_parameters
 from tim.models.config import TiMConfig
 from tim.models.embeddings import CaptionEmbedder, LabelEmbedder, PatchEmbedder, TimeEmbedder
@@ -89,7 +90,8 @@ class TiM(
 
         Raises:
             ValueError: a shape does not fit, or features are asked of a network without z_dim.
-            TypeError: x, t, r or captions are not floating-point, or labels not integers.
+            TypeError: an argument is no tensor, x, t, r or captions are not floating-point, or
+                labels not integers.
         """
         self._check(x, t, r, y, return_features)
         config = self.config
@@ -156,6 +158,8 @@ class TiM(
         return all(forward_ad.unpack_dual(tensor).tangent is None for tensor in inputs)
 
     def _check(self, x: Tensor, t: Tensor, r: Tensor, y: Tensor, return_features: bool) -> None:
+        for name, value in (("x", x), ("t", t), ("r", r), ("y", y)):
+            check_tensor(name, value)
         config = self.config
         if x.dim() != 4 or x.shape[1] != config.in_channels:
             raise ValueError(
@@ -183,8 +187,7 @@ class TiM(
         elif y.dtype not in (torch.int32, torch.int64):
             raise TypeError(f"y must hold int64 or int32 labels, got {y.dtype}")
         for name, tensor in floats.items():
-            if not tensor.dtype.is_floating_point:
-                raise TypeError(f"{name} must have a floating-point dtype, got {tensor.dtype}")
+            check_floating(name, tensor)
         if return_features and config.z_dim is None:
             raise ValueError(
                 "return_features needs a projection head, got a config with z_dim None"
