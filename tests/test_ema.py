@@ -57,3 +57,21 @@ def test_average_is_a_frozen_copy_in_evaluation_mode() -> None:
     ema.update(source, 0.5)
     assert all(a.equal(b) for a, b in zip(before, source.parameters(), strict=True))
     assert all(p.requires_grad for p in source.parameters())
+
+
+def test_the_weight_and_whether_to_skip_may_be_tensors() -> None:
+    source = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
+    ema = EMA(source)
+    with torch.no_grad():
+        for tensor in (*source.parameters(), source[1].running_mean):
+            tensor.fill_(torch.nan)
+    before = [tensor.clone() for tensor in ema.model.state_dict().values()]
+    ema.update(source, torch.tensor(0.5), skip=torch.tensor(1.0))
+    after = ema.model.state_dict().values()
+    assert all(a.equal(b) for a, b in zip(before, after, strict=True))
+    with torch.no_grad():
+        for tensor in (*source.parameters(), source[1].running_mean):
+            tensor.fill_(3.0)
+    ema.update(source, torch.tensor(0.5), skip=torch.tensor(0.0))
+    torch.testing.assert_close(ema.model[0].bias, 0.5 * (before[1] + 3))
+    assert ema.model[1].running_mean.equal(source[1].running_mean)

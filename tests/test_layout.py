@@ -26,7 +26,7 @@ LAYERS = (
     ("models",),
     ("transports",),
     ("_passes", "derivative", "objective", "sampler"),
-    ("config", "data", "checkpoint", "ema", "frechet", "grid", "run_log"),
+    ("config", "data", "checkpoint", "ema", "frechet", "grid", "run_log", "step"),
     ("presets", "trainer", "evaluate", "bench"),
     ("cli", "commands", "encode", "info", "__main__"),
 )

@@ -1,7 +1,6 @@
 """The training loop: steps, skipped steps, resuming, what a run directory holds."""
 
 import dataclasses
-import itertools
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,53 +10,19 @@ import pytest
 import torch
 from PIL import Image
 
-from tim import presets
+from tim import transports
 from tim.checkpoint import latest_checkpoint
-from tim.config import (
-    DataConfig,
-    GuidanceConfig,
-    ObjectiveConfig,
-    RunConfig,
-    SampleConfig,
-    TrainConfig,
-)
+from tim.config import DataConfig, GuidanceConfig, ObjectiveConfig, RunConfig
 from tim.data import ArrayDataset, Batch
-from tim.models import TiMConfig, load
-from tim.trainer import Trainer, TrainingStopped, learning_rate, pick_device
-
-MODEL = TiMConfig(
-    input_size=8, in_channels=1, hidden_size=16, depth=1, num_heads=2, encoder_depth=1,
-    num_classes=10, projector_dim=8,
-)  # fmt: skip
-
-
-def config(objective: ObjectiveConfig | None = None, **train) -> RunConfig:
-    values = {
-        "steps": 4, "batch_size": 8, "lr": 1e-2, "log_every": 1, "sample_every": 0,
-        "checkpoint_every": 100, "tensorboard": False, "device": "cpu",
-    }  # fmt: skip
-    return presets.get(
-        "digits",
-        model=MODEL,
-        objective=objective or ObjectiveConfig(),
-        train=TrainConfig(**{**values, **train}),
-        sample=SampleConfig(steps=(1, 2), columns=3),
-    )
+from tim.models import load
+from tim.objective import TransitionLoss
+from tim.step import VALUES
+from tim.trainer import READ_EVERY, Trainer, TrainingStopped, pick_device
+from tiny_runs import MODEL, config, same, weights
 
 
 def records(run: Path) -> list[dict]:
     return [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
-
-
-def weights(trainer: Trainer) -> list[torch.Tensor]:
-    state = trainer.optimizer.state_dict()["state"]
-    moments = [value for key in state for _, value in sorted(state[key].items())]
-    models = [*trainer.model.parameters(), *trainer.ema.model.parameters()]
-    return [tensor.detach().clone() for tensor in [*models, *moments]]
-
-
-def same(a: list[torch.Tensor], b: list[torch.Tensor]) -> bool:
-    return len(a) == len(b) and all(x.equal(y) for x, y in zip(a, b, strict=True))
 
 
 def test_a_run_directory(tmp_path) -> None:
@@ -152,7 +117,7 @@ def test_noise_does_not_depend_on_the_strides_of_the_images(tmp_path) -> None:
         seen.append(z)
         return squared_error(model, x, z, y)
 
-    trainer.loss = spy
+    trainer.training_step.loss = replaced_loss(spy)
     batch = trainer.dataset.batch(np.arange(8), np.random.default_rng(0))
     for x in (batch.x, batch.x.to(memory_format=torch.channels_last)):
         trainer.step = 0
@@ -164,7 +129,7 @@ def stop_after(trainer: Trainer, steps: int) -> None:
     """Train until a step is interrupted, as by Ctrl-C."""
     step = trainer.train_step
 
-    def interrupted(batch: Batch) -> dict[str, float]:
+    def interrupted(batch: Batch) -> torch.Tensor:
         if trainer.step == steps:
             raise KeyboardInterrupt
         return step(batch)
@@ -255,7 +220,7 @@ def test_a_step_that_is_not_finite_changes_nothing(tmp_path) -> None:
     changed = []
     step = trainer.train_step
 
-    def watched(batch: Batch) -> dict[str, float]:
+    def watched(batch: Batch) -> torch.Tensor:
         before = weights(trainer)
         values = step(batch)
         changed.append(not same(before, weights(trainer)))
@@ -293,6 +258,53 @@ def test_too_many_skipped_steps_in_a_row_stop_the_run(tmp_path) -> None:
     assert latest_checkpoint(tmp_path / "run" / "checkpoints") is None
 
 
+def test_between_reads_the_limit_is_checked_late_but_not_forgotten(tmp_path) -> None:
+    """Good steps after the streak do not hide it."""
+    run = config(steps=200, log_every=1000, checkpoint_every=1000, max_bad_steps=3)
+    trainer = Trainer(run, tmp_path / "run")
+    step = trainer.train_step
+
+    def some_are_bad(batch: Batch) -> torch.Tensor:
+        scale = torch.nan if trainer.step in (5, 6, 7, 30) else 1.0
+        return step(batch._replace(x=scale * batch.x))
+
+    trainer.train_step = some_are_bad
+    with pytest.raises(TrainingStopped, match=r"not finite in 3 steps in a row"):
+        trainer.train()
+    assert trainer.step == READ_EVERY
+    assert records(tmp_path / "run")[-1]["event"] == "stopped"
+
+
+def test_skipped_steps_are_all_counted_between_reads(tmp_path) -> None:
+    trainer = Trainer(config(steps=8, log_every=8), tmp_path / "run")
+    step = trainer.train_step
+
+    def some_are_bad(batch: Batch) -> torch.Tensor:
+        scale = torch.nan if trainer.step in (0, 3, 4) else 1.0
+        return step(batch._replace(x=scale * batch.x))
+
+    trainer.train_step = some_are_bad
+    trainer.train()
+    log = records(tmp_path / "run")[-1]
+    assert log["skipped_steps"] == trainer.skipped == 3 and log["denoising"] > 0
+    again = Trainer(config(steps=8, log_every=8), tmp_path / "run", resume=True)
+    assert again.skipped == 3 and same(weights(again), weights(trainer))
+
+
+def test_resuming_after_a_skipped_step_continues_bit_for_bit(tmp_path) -> None:
+    dataset, values = noise(24, bad=(5,)), {"steps": 8, "schedule": "cosine"}
+    whole = Trainer(config(**values), tmp_path / "whole", dataset=dataset)
+    whole.train()
+    bad = [s for s in range(8) if 5 in whole.order.indices(s)]
+    assert whole.skipped == len(bad) == 3
+    stopped = Trainer(config(checkpoint_every=1, **values), tmp_path / "run", dataset=dataset)
+    stop_after(stopped, bad[1] + 2)
+    resumed = Trainer(config(**values), tmp_path / "run", dataset=dataset, resume=True)
+    assert resumed.step == bad[1] + 2 and resumed.skipped == 2
+    resumed.train()
+    assert same(weights(whole), weights(resumed)) and resumed.skipped == 3
+
+
 def test_a_streak_of_bad_steps_leaves_the_good_checkpoints(tmp_path) -> None:
     run = tmp_path / "run"
     base = config(steps=3, checkpoint_every=1, keep=2, max_bad_steps=5)
@@ -311,7 +323,7 @@ def test_the_step_after_a_bad_one_is_saved_instead(tmp_path) -> None:
     trainer = Trainer(config(steps=5, checkpoint_every=2, keep=9), tmp_path / "run")
     step = trainer.train_step
 
-    def some_are_bad(batch: Batch) -> dict[str, float]:
+    def some_are_bad(batch: Batch) -> torch.Tensor:
         scale = torch.nan if trainer.step in (1, 4) else 1.0
         return step(batch._replace(x=scale * batch.x))
 
@@ -325,7 +337,7 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path) -> None:
     trainer = Trainer(config(steps=5, checkpoint_every=1), tmp_path / "run")
     step = trainer.train_step
 
-    def overflow(batch: Batch) -> dict[str, float]:
+    def overflow(batch: Batch) -> torch.Tensor:
         values = step(batch)
         if trainer.step == 3:
             trainer.parameters[0].data.view(-1)[0] = torch.inf
@@ -344,31 +356,39 @@ def squared_error(model, x, z, y, **others):
     return SimpleNamespace(loss=error.mean(), denoising=error, projection=torch.zeros(()))
 
 
+def replaced_loss(function):
+    """The function in the place of a TransitionLoss, with its times."""
+    times = TransitionLoss(transport=transports.get("ot_fm")).draw_times
+    return type(
+        "Loss", (), {"draw_times": staticmethod(times), "__call__": staticmethod(function)}
+    )()
+
+
 def test_accumulation_is_the_mean_over_the_whole_batch(tmp_path) -> None:
     gradients, values = [], []
     for accumulate in (1, 4):
         trainer = Trainer(config(accumulate=accumulate, clip_norm=0.0), tmp_path / str(accumulate))
-        trainer.loss = squared_error
+        trainer.training_step.loss = replaced_loss(squared_error)
         torch.manual_seed(0)
         with torch.no_grad():
             for p in trainer.parameters:
                 p.add_(0.1 * torch.randn_like(p))
         batch = trainer.dataset.batch(np.arange(8), np.random.default_rng(0))
-        values.append(trainer.train_step(batch))
+        values.append(trainer.train_step(batch).tolist())
         gradients.append([p.grad for p in trainer.parameters if p.grad is not None])
     for a, b in zip(*gradients, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
     assert values[0] == pytest.approx(values[1], rel=1e-5)
-    assert values[0]["grad_norm"] > 0
+    assert values[0][VALUES.index("grad_norm")] > 0
 
 
 def test_clipping(tmp_path) -> None:
     norms = {}
     for clip in (0.0, 1e-3):
         trainer = Trainer(config(clip_norm=clip), tmp_path / str(clip))
-        trainer.loss = squared_error
+        trainer.training_step.loss = replaced_loss(squared_error)
         batch = trainer.dataset.batch(np.arange(8), np.random.default_rng(0))
-        reported = trainer.train_step(batch)["grad_norm"]
+        reported = trainer.train_step(batch)[VALUES.index("grad_norm")].item()
         gradients = [p.grad for p in trainer.parameters if p.grad is not None]
         norms[clip] = reported, torch.nn.utils.get_total_norm(gradients).item()
     assert norms[0.0][0] == norms[0.0][1] == pytest.approx(norms[1e-3][0]) and norms[0.0][0] > 0.1
@@ -385,7 +405,7 @@ def test_labels_are_dropped_at_the_configured_rate(tmp_path) -> None:
         seen.append((y, y_guidance, null))
         return squared_error(model, x, z, y)
 
-    trainer.loss = spy
+    trainer.training_step.loss = replaced_loss(spy)
     batch = trainer.dataset.batch(np.arange(400), np.random.default_rng(0))
     trainer.train_step(batch)
     trainer.train_step(batch)
@@ -409,16 +429,6 @@ def test_features_from_an_encoder_add_the_projection_loss(tmp_path) -> None:
     log = [record for record in records(tmp_path / "run") if "projection" in record]
     assert log[-1]["projection"] < log[0]["projection"]
     assert trainer.model.projector[0].weight.grad.abs().sum() > 0
-
-
-def test_learning_rate() -> None:
-    cosine = TrainConfig(steps=110, lr=2.0, warmup_steps=10, schedule="cosine")
-    rates = [learning_rate(step, cosine) for step in range(110)]
-    assert rates[:10] == pytest.approx([0.2 * (i + 1) for i in range(10)])
-    assert rates[10] == 2.0 and rates[60] == pytest.approx(1.0) and 0 < rates[-1] < 1e-3
-    assert all(a >= b for a, b in itertools.pairwise(rates[9:]))
-    constant = TrainConfig(steps=110, lr=2.0)
-    assert {learning_rate(step, constant) for step in (0, 50, 109)} == {2.0}
 
 
 def test_devices() -> None:

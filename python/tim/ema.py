@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 def ema_weight(
@@ -39,8 +39,27 @@ class EMA:
         self._buffers = list(self.model.buffers())
 
     @torch.no_grad()
-    def update(self, source: nn.Module, weight: float) -> None:
-        """ema <- (1 - weight) ema + weight source; buffers are copied."""
-        torch._foreach_lerp_(self._averages, list(source.parameters()), weight)
+    def update(self, source: nn.Module, weight: Tensor | float, skip: Tensor | None = None) -> None:
+        """ema <- (1 - weight) ema + weight source; buffers are copied.
+
+        `weight` and `skip`, scalars of float32, may be on the device: where `skip` is 1 nothing
+        changes.
+        """
+        device = self._averages[0].device
+        # A step of gradient descent on (ema - source)^2 / 2: the one operation over a list of
+        # tensors that takes both numbers from the device.
+        torch._fused_sgd_(
+            self._averages,
+            list(source.parameters()),
+            [],
+            weight_decay=1.0,
+            momentum=0.0,
+            lr=torch.as_tensor(weight, dtype=torch.float32, device=device),
+            dampening=0.0,
+            nesterov=False,
+            maximize=True,
+            is_first_step=False,
+            found_inf=skip,
+        )
         for average, buffer in zip(self._buffers, source.buffers(), strict=True):
-            average.copy_(buffer)
+            average.copy_(buffer if skip is None else torch.where(skip == 1, average, buffer))

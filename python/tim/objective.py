@@ -185,7 +185,7 @@ class TransitionLoss:
         self._check(model, x, z, y, t, r, null, y_guidance, ema_model, features)
         x, z, n = x.detach(), z.detach(), round(self.diffusion_ratio * len(x))
         if t is None:
-            t, r = self._draw_times(x, n)
+            t, r = self.draw_times(x)
         transport = self.transport
         x_t, v_t = ops.interpolate(x, z, torch.stack(transport.interpolant(t), dim=1))
 
@@ -242,9 +242,10 @@ class TransitionLoss:
             r=r,
         )
 
-    def _draw_times(self, x: Tensor, n: int) -> tuple[Tensor, Tensor]:
-        batch = len(x)
-        dtype = torch.promote_types(x.dtype, torch.float32)
+    def draw_times(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Random t and r [B] for a batch x, from the global generator of its device."""
+        batch, dtype = len(x), torch.promote_types(x.dtype, torch.float32)
+        n = round(self.diffusion_ratio * batch)
         a, b = (self.transport.sample_t(batch, device=x.device, dtype=dtype) for _ in range(2))
         t, r = torch.maximum(a, b), torch.minimum(a, b)
         last = min(round(self.consistency_ratio * batch), batch - n)

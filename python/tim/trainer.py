@@ -12,11 +12,9 @@ import math
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NoReturn
 
-import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from tim.checkpoint import (
     latest_checkpoint,
@@ -27,13 +25,14 @@ from tim.checkpoint import (
     seed_everything,
     set_random_states,
 )
-from tim.config import RunConfig, TrainConfig, differences
+from tim.config import RunConfig, differences
 from tim.data import Batch, BatchOrder, Dataset, batches, build_dataset
-from tim.ema import EMA, ema_weight
+from tim.ema import EMA
 from tim.grid import image_grid, pixels_of
 from tim.models import TiM
 from tim.run_log import RunLog, peak_memory_gb
 from tim.sampler import sample
+from tim.step import VALUES, TrainingStep, learning_rate
 
 #: What a resumed run may change: it does not enter the arithmetic of the steps already taken.
 CHANGEABLE = (
@@ -41,6 +40,8 @@ CHANGEABLE = (
     "train.tensorboard", "train.max_bad_steps", "train.device", "train.gradient_checkpointing",
     "sample.", "data.path", "data.workers", "data.cache_gb",
 )  # fmt: skip
+#: Most steps between two reads of the device.
+READ_EVERY = 50
 
 
 class TrainingStopped(RuntimeError):
@@ -82,26 +83,22 @@ class Trainer:
         if saved.exists():
             check_resumable(RunConfig.load(saved), config)
 
-        self.config, self.encoder = config, encoder
+        self.config = config
         train = config.train
         self.device = pick_device(train.device)
         seed_everything(train.seed)
         self.model = TiM(config.model).to(self.device)
         self.model.gradient_checkpointing = train.gradient_checkpointing
         self.ema = EMA(self.model)
-        self.parameters = list(self.model.parameters())
-        self.optimizer = torch.optim.AdamW(
-            self.parameters,
-            lr=train.lr,
-            betas=(train.beta1, train.beta2),
-            eps=train.adam_eps,
-            weight_decay=train.weight_decay,
-            fused=True,
-        )
-        self.loss = config.objective.build(config.transport.build())
+        loss = config.objective.build(config.transport.build())
+        self.training_step = TrainingStep(self.model, self.ema, loss, config, encoder)
+        self.parameters = self.training_step.parameters
+        self.optimizer = self.training_step.optimizer
         self.order = BatchOrder(len(self.dataset), train.batch_size, train.seed)
         self.step = 0
         self.skipped = self.bad_in_row = 0
+        #: Values of the steps since the last read, on the device.
+        self._unread: list[Tensor] = []
 
         self.run.mkdir(parents=True, exist_ok=True)
         self.checkpoints = self.run / "checkpoints"
@@ -113,135 +110,91 @@ class Trainer:
     def train(self) -> None:
         """Take the steps that are left and save the last one.
 
-        Raises TrainingStopped after `train.max_bad_steps` steps in a row that had to be skipped,
-        and in place of saving weights that are not finite.
+        The host reads results at records of the log, sample grids and checkpoints, and at least
+        every `READ_EVERY` steps; between reads it runs ahead of the device. So TrainingStopped, for
+        `train.max_bad_steps` steps in a row that had to be skipped, comes up to that many steps
+        late, which does no harm: skipped steps change nothing. It is also raised in place of saving
+        weights that are not finite.
         """
         train = self.config.train
-        resumed = self.step
         with RunLog(
-            self.run, start_step=resumed, steps=train.steps, tensorboard=train.tensorboard
+            self.run, start_step=self.step, steps=train.steps, tensorboard=train.tensorboard
         ) as log:
             parameters = sum(p.numel() for p in self.parameters)
-            log.event(resumed, event="resume" if resumed else "start", parameters=parameters)
-            meter = _Meter()
-            due = False
-            for batch in batches(self.dataset, self.order, resumed, train.steps):
-                values = self.train_step(batch)
-                log.advance(self.step)
-                meter.add(values)
-                if self.bad_in_row >= train.max_bad_steps:
-                    self._stop(
-                        log,
-                        f"the loss or the gradient was not finite in {self.bad_in_row} steps in a "
-                        "row (train.max_bad_steps)",
-                    )
-                last = self.step == train.steps
-                if self.step % train.log_every == 0 or last:
-                    self._log(log, meter)
-                    meter = _Meter()
-                if train.sample_every and (self.step % train.sample_every == 0 or last):
-                    self._sample(log)
-                due = due or self.step % train.checkpoint_every == 0 or last
-                # The weights of a streak of bad steps may be past saving, and would push out good
-                # checkpoints: the step that ends the streak is saved instead.
-                if last or (due and self.bad_in_row == 0):
-                    if not self._finite():
-                        self._stop(log, "the weights are not finite")
-                    self.save()
-                    due = False
-                meter.resume()
+            event = "resume" if self.step else "start"
+            log.event(self.step, event=event, parameters=parameters)
+            try:
+                self._train(log)
+            except TrainingStopped:
+                log.event(self.step, event="stopped", bad_in_row=self.bad_in_row)
+                raise
 
-    def _stop(self, log: RunLog, reason: str) -> NoReturn:
-        log.event(self.step, event="stopped", bad_in_row=self.bad_in_row)
-        raise TrainingStopped(f"stopped at step {self.step}: {reason}")
+    def _train(self, log: RunLog) -> None:
+        train = self.config.train
+        meter = _Meter()
+        due = False
+        for batch in batches(self.dataset, self.order, self.step, train.steps):
+            self.train_step(batch)
+            log.advance(self.step)
+            last = self.step == train.steps
+            logged = last or self.step % train.log_every == 0
+            pictured = train.sample_every and (last or self.step % train.sample_every == 0)
+            due = due or last or self.step % train.checkpoint_every == 0
+            if not (logged or pictured or due or len(self._unread) >= READ_EVERY):
+                continue
+            meter.add(self._read())
+            if logged:
+                self._log(log, meter)
+                meter = _Meter()
+            if pictured:
+                self._sample(log)
+            # The weights of a streak of bad steps may be past saving, and would push out good
+            # checkpoints: the step that ends the streak is saved instead.
+            if last or (due and self.bad_in_row == 0):
+                self.save()
+                due = False
+            meter.resume()
+
+    def train_step(self, batch: Batch) -> Tensor:
+        """One step of the optimizer on a batch of `train.batch_size` images.
+
+        Returns the step's `tim.step.VALUES` [4], on the device: nothing here waits for it. A step
+        whose values are not all finite has changed nothing.
+        """
+        self.training_step.load(batch, self.step)
+        values = self.training_step.run()
+        self._unread.append(values)
+        self.step += 1
+        return values
+
+    def _read(self) -> list[list[float]]:
+        """Wait for the device; returns the values of the steps since the last read."""
+        steps = torch.stack(self._unread).tolist() if self._unread else []
+        self._unread.clear()
+        limit = self.config.train.max_bad_steps
+        for values in steps:
+            bad = not all(map(math.isfinite, values))
+            self.skipped += bad
+            self.bad_in_row = self.bad_in_row + 1 if bad else 0
+            if self.bad_in_row >= limit:
+                raise TrainingStopped(
+                    f"stopped at step {self.step}: the loss or the gradient was not finite in "
+                    f"{limit} steps in a row (train.max_bad_steps)"
+                )
+        return steps
 
     def _finite(self) -> bool:
         values = [*self.parameters, *self.ema.model.parameters()]
         return bool(torch.stack([value.isfinite().all() for value in values]).all())
 
-    def train_step(self, batch: Batch) -> dict[str, float]:
-        """One step of the optimizer on a batch of `train.batch_size` images.
-
-        The loss is the mean over the whole batch, whatever `train.accumulate`. One value is read
-        back from the device in each step: whether loss and gradient are finite. When they are not,
-        neither the weights nor their averages change. (The read costs the launches of one optimizer
-        step, which then wait for the device; in return no skipped step can pass unnoticed.)
-
-        Returns loss, denoising, projection and grad_norm of the step.
-        """
-        train = self.config.train
-        lr = learning_rate(self.step, train)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        self.optimizer.zero_grad(set_to_none=True)
-        sums = torch.zeros(3, device=self.device)
-        size = train.batch_size // train.accumulate
-        for part in range(train.accumulate):
-            rows = slice(part * size, (part + 1) * size)
-            piece = Batch(*(None if v is None else v[rows].to(self.device) for v in batch))
-            sums += self._backward(piece, part)
-        if train.clip_norm > 0:
-            norm = nn.utils.clip_grad_norm_(self.parameters, train.clip_norm)
-        else:
-            gradients = [p.grad for p in self.parameters if p.grad is not None]
-            norm = nn.utils.get_total_norm(gradients)
-        loss, denoising, projection, grad_norm = torch.cat([sums, norm.view(1)]).tolist()
-        self.step += 1
-        if math.isfinite(loss) and math.isfinite(grad_norm):
-            self.optimizer.step()
-            self.ema.update(self.model, self._ema_weight())
-            self.bad_in_row = 0
-        else:
-            self.skipped += 1
-            self.bad_in_row += 1
-        return {
-            "loss": loss, "denoising": denoising, "projection": projection, "grad_norm": grad_norm,
-        }  # fmt: skip
-
-    def _backward(self, batch: Batch, part: int) -> Tensor:
-        """Add the gradient of one part; returns its shares of loss, denoising and projection."""
-        config, train = self.config, self.config.train
-        # All draws below, and those of the objective, follow from this seed.
-        torch.manual_seed(_seed(train.seed, self.step, part))
-        x, y, features = batch
-        if features is None and self.encoder is not None:
-            with torch.no_grad():
-                features = self.encoder(x, y)
-        # Not randn_like, which draws in the order of x's strides.
-        z = torch.randn(x.shape, dtype=x.dtype, device=x.device)
-        null = self.model.null_condition(len(y))
-        dropped = torch.rand(len(y), device=self.device) < config.model.class_dropout_prob
-        guided = config.objective.guidance.enabled
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=train.precision == "bf16"):
-            out = self.loss(
-                self.model,
-                x,
-                z,
-                torch.where(dropped, null, y),
-                null=null,
-                y_guidance=y,
-                ema_model=self.ema.model if guided else None,
-                features=features,
-            )
-        share = 1 / train.accumulate
-        total = out.loss
-        if features is not None:
-            total = total + config.objective.projection_weight * out.projection
-        (total * share).backward()
-        return share * torch.stack([total, out.denoising.mean(), out.projection]).detach()
-
-    def _ema_weight(self) -> float:
-        train = self.config.train
-        return ema_weight(
-            self.step * train.batch_size,
-            train.batch_size,
-            decay=train.ema_decay,
-            halflife_images=train.ema_halflife_images,
-            rampup=train.ema_rampup,
-        )
-
     def save(self) -> None:
-        """Write a checkpoint of the current step."""
+        """Write a checkpoint of the current step.
+
+        Raises TrainingStopped when the weights are not finite, or too many steps were skipped.
+        """
+        self._read()
+        if not self._finite():
+            raise TrainingStopped(f"stopped at step {self.step}: the weights are not finite")
         state = {
             "step": self.step,
             "images": len(self.dataset),
@@ -259,13 +212,13 @@ class Trainer:
                 f"the data now hold {len(self.dataset)} images, those of {path} were "
                 f"{state['images']}: the run cannot go on as it began"
             )
-        self.optimizer.load_state_dict(state["optimizer"])
+        self.training_step.load_state_dict(state["optimizer"])
         self.step, self.skipped = state["step"], state["skipped"]
         set_random_states(state["random"], self.device)
 
     def _log(self, log: RunLog, meter: _Meter) -> None:
         values = meter.values(self.config.train.batch_size)
-        values["lr"] = self.optimizer.param_groups[0]["lr"]
+        values["lr"] = learning_rate(self.step - 1, self.config.train)
         values["memory_gb"] = peak_memory_gb(self.device)
         values["skipped_steps"] = self.skipped
         log.scalars(self.step, values)
@@ -291,7 +244,7 @@ class _Meter:
     """Means and speed of the steps since the last record."""
 
     def __init__(self) -> None:
-        self.steps: list[dict[str, float]] = []
+        self.steps: list[list[float]] = []
         self.seconds = 0.0
         self.resume()
 
@@ -299,30 +252,21 @@ class _Meter:
         """What happened since the last `add` (sampling, saving) does not count as training time."""
         self._since = time.perf_counter()
 
-    def add(self, values: dict[str, float]) -> None:
-        self.steps.append(values)
+    def add(self, steps: list[list[float]]) -> None:
+        """The `VALUES` of some steps, which have just been read from the device."""
+        self.steps += steps
         self.seconds += time.perf_counter() - self._since
         self.resume()
 
     def values(self, batch_size: int) -> dict[str, float]:
         """Means over the steps that were not skipped (nan if none), and the speed over all."""
         rate = len(self.steps) / self.seconds
-        taken = [v for v in self.steps if all(map(math.isfinite, v.values()))]
+        taken = [v for v in self.steps if all(map(math.isfinite, v))]
         means = {
-            name: sum(v[name] for v in taken) / len(taken) if taken else math.nan
-            for name in self.steps[0]
+            name: sum(v[i] for v in taken) / len(taken) if taken else math.nan
+            for i, name in enumerate(VALUES)
         }
         return {**means, "steps_per_second": rate, "images_per_second": rate * batch_size}
-
-
-def learning_rate(step: int, train: TrainConfig) -> float:
-    """Rate of step `step` (from 0): linear warm-up to `lr`, then constant or cosine to zero."""
-    if step < train.warmup_steps:
-        return train.lr * (step + 1) / train.warmup_steps
-    if train.schedule == "constant":
-        return train.lr
-    done = (step - train.warmup_steps) / max(1, train.steps - train.warmup_steps)
-    return train.lr * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
 
 
 def sample_rows(
@@ -386,9 +330,3 @@ def _fit_to_data(config: RunConfig, dataset: Dataset) -> RunConfig:
         data = dataclasses.replace(data, path=str(Path(data.path).absolute()))
     model = dataclasses.replace(model, num_classes=classes)
     return dataclasses.replace(config, model=model, data=data)
-
-
-def _seed(*numbers: int) -> int:
-    """A 63-bit seed that differs for different tuples."""
-    state: Any = np.random.SeedSequence(numbers).generate_state(1, np.uint64)
-    return int(state[0]) >> 1

@@ -1,0 +1,183 @@
+"""One training step, in two halves: `load` for the host, `run` for the device.
+
+`load` brings a batch to the device, draws everything random of the step and sets the learning
+rate. `run` is forward pass, derivative, loss, backward pass, clipping, optimizer and averaging. It
+reads no tensor back, so the host never waits in it; a step that is not finite is skipped on the
+device.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from tim.config import RunConfig, TrainConfig
+from tim.data import Batch
+from tim.ema import EMA, ema_weight
+from tim.models import TiM
+from tim.objective import TransitionLoss
+
+#: What `TrainingStep.run` returns, in this order.
+VALUES = ("loss", "denoising", "projection", "grad_norm")
+
+
+class Inputs(NamedTuple):
+    """What one part of a step works on, all on the device."""
+
+    x: Tensor
+    z: Tensor
+    y: Tensor  #: labels, some of them dropped
+    y_guidance: Tensor  #: labels as they were
+    null: Tensor  #: null labels
+    t: Tensor
+    r: Tensor
+    features: Tensor | None
+
+
+class TrainingStep:
+    """Steps of AdamW on `model`, with the averages `ema` behind them.
+
+    `encoder(x, y)` gives the features for the projection loss where a batch has none.
+    """
+
+    def __init__(
+        self,
+        model: TiM,
+        ema: EMA,
+        loss: TransitionLoss,
+        config: RunConfig,
+        encoder: Callable[[Tensor, Tensor], Tensor] | None = None,
+    ):
+        self.model, self.ema, self.loss, self.encoder = model, ema, loss, encoder
+        self.config = config
+        self.parameters = list(model.parameters())
+        self.device = self.parameters[0].device
+        train = config.train
+        # On the device, where the host can set them for a step while earlier steps still run.
+        self.lr, self.ema_weight = torch.zeros(2, device=self.device).unbind()
+        self.optimizer = torch.optim.AdamW(
+            self.parameters,
+            lr=self.lr,
+            betas=(train.beta1, train.beta2),
+            eps=train.adam_eps,
+            weight_decay=train.weight_decay,
+            fused=True,
+        )
+        self.inputs: list[Inputs] = []
+
+    def load(self, batch: Batch, step: int) -> None:
+        """Prepare step number `step` (from 0) on a batch of `train.batch_size` images."""
+        train = self.config.train
+        self.lr.fill_(learning_rate(step, train))
+        self.ema_weight.fill_(
+            ema_weight(
+                (step + 1) * train.batch_size,
+                train.batch_size,
+                decay=train.ema_decay,
+                halflife_images=train.ema_halflife_images,
+                rampup=train.ema_rampup,
+            )
+        )
+        size = train.batch_size // train.accumulate
+        parts = [slice(part * size, (part + 1) * size) for part in range(train.accumulate)]
+        pieces = [Batch(*(None if v is None else v[rows] for v in batch)) for rows in parts]
+        self.inputs = [self._draw(piece, step, part) for part, piece in enumerate(pieces)]
+
+    def run(self) -> Tensor:
+        """Take the step; returns its `VALUES` [4] on the device.
+
+        The loss is the mean over the whole batch, whatever `train.accumulate`. When one of the
+        values is not finite, neither the weights, nor their averages, nor the optimizer's state
+        change.
+        """
+        self.optimizer.zero_grad(set_to_none=True)
+        sums = self._backward(self.inputs[0])
+        for inputs in self.inputs[1:]:
+            sums = sums + self._backward(inputs)
+        gradients = [p.grad for p in self.parameters if p.grad is not None]
+        norm = nn.utils.get_total_norm(gradients)
+        values = torch.cat([sums, norm.view(1)])
+        skip = (~values.isfinite().all()).float()
+        self._update(norm, skip)
+        self.ema.update(self.model, self.ema_weight, skip)
+        return values
+
+    def load_state_dict(self, state: dict) -> None:
+        """State of the optimizer, as a checkpoint holds it."""
+        self.optimizer.load_state_dict(state)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.lr
+
+    def _draw(self, piece: Batch, step: int, part: int) -> Inputs:
+        # All draws of this part follow from this seed.
+        torch.manual_seed(_seed(self.config.train.seed, step, part))
+        x, y, features = (None if v is None else self._to_device(v) for v in piece)
+        if features is None and self.encoder is not None:
+            with torch.no_grad():
+                features = self.encoder(x, y)
+        # Not randn_like, which draws in the order of x's strides.
+        z = torch.randn(x.shape, dtype=x.dtype, device=x.device)
+        null = self.model.null_condition(len(y))
+        dropped = torch.rand(len(y), device=self.device) < self.config.model.class_dropout_prob
+        t, r = self.loss.draw_times(x)
+        return Inputs(x, z, torch.where(dropped, null, y), y, null, t, r, features)
+
+    def _to_device(self, tensor: Tensor) -> Tensor:
+        if self.device.type != "cuda" or tensor.is_cuda:
+            return tensor.to(self.device)
+        # A copy from pageable memory waits for all that the device has still to do.
+        return tensor.pin_memory().to(self.device, non_blocking=True)
+
+    def _backward(self, inputs: Inputs) -> Tensor:
+        """Add the gradient of one part; returns its shares of loss, denoising and projection."""
+        config = self.config
+        bf16 = config.train.precision == "bf16"
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=bf16):
+            out = self.loss(
+                self.model,
+                inputs.x,
+                inputs.z,
+                inputs.y,
+                t=inputs.t,
+                r=inputs.r,
+                null=inputs.null,
+                y_guidance=inputs.y_guidance,
+                ema_model=self.ema.model if config.objective.guidance.enabled else None,
+                features=inputs.features,
+            )
+        share = 1 / config.train.accumulate
+        total = out.loss
+        if inputs.features is not None:
+            total = total + config.objective.projection_weight * out.projection
+        (total * share).backward()
+        return share * torch.stack([total, out.denoising.mean(), out.projection]).detach()
+
+    def _update(self, norm: Tensor, skip: Tensor) -> None:
+        """The optimizer's step: clipping and skipping are done in its one pass over the weights."""
+        clip = self.config.train.clip_norm
+        # The names under which torch.amp's gradient scaler talks to fused optimizers: gradients are
+        # divided by the one, and a step for which the other is 1 leaves everything as it is.
+        self.optimizer.grad_scale = ((norm + 1e-6) / clip).clamp(min=1) if clip > 0 else None
+        self.optimizer.found_inf = skip
+        self.optimizer.step()
+
+
+def learning_rate(step: int, train: TrainConfig) -> float:
+    """Rate of step `step` (from 0): linear warm-up to `lr`, then constant or cosine to zero."""
+    if step < train.warmup_steps:
+        return train.lr * (step + 1) / train.warmup_steps
+    if train.schedule == "constant":
+        return train.lr
+    done = (step - train.warmup_steps) / max(1, train.steps - train.warmup_steps)
+    return train.lr * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+
+
+def _seed(*numbers: int) -> int:
+    """A 63-bit seed that differs for different tuples."""
+    state = np.random.SeedSequence(numbers).generate_state(1, np.uint64)
+    return int(state[0]) >> 1
