@@ -65,6 +65,19 @@ def test_a_missing_tensorboard_is_noted_and_does_not_matter(tmp_path, monkeypatc
     assert not (tmp_path / "tensorboard").exists()
 
 
+def test_a_skipped_file_is_named_once_whatever_the_reason(tmp_path, capsys) -> None:
+    bad = {"a.png": "cut short", "b.png": "cannot identify pictures/b.png"}
+    with RunLog(tmp_path, start_step=0, steps=10, tensorboard=False) as log:
+        log.skipped_files(1, {"b.png": bad["b.png"]})
+        log.skipped_files(2, {**bad, "b.png": "cannot identify /home/me/pictures/b.png"})
+        log.skipped_files(3, bad)
+    told = (tmp_path / "skipped_files.txt").read_text().splitlines()
+    assert told == [f"{name}\t{reason}" for name, reason in bad.items()]
+    assert [(r["count"], r["files"]) for r in lines(tmp_path)] == [(1, ["b.png"]), (2, ["a.png"])]
+    assert capsys.readouterr().err.count("b.png") == 1
+    assert not [path for path in tmp_path.iterdir() if "tmp" in path.name]
+
+
 def test_peak_memory_is_that_of_the_process() -> None:
     before = peak_memory_gb(torch.device("cpu"))
     assert 0.05 < before < 100

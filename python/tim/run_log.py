@@ -96,13 +96,14 @@ class RunLog:
         """Add files that could not be read to skipped_files.txt, and name those that are new."""
         path = self.path.with_name("skipped_files.txt")
         known = path.read_text().splitlines() if path.exists() else []
-        lines = [f"{name}\t{reason}" for name, reason in reasons.items()]
-        new = [line for line in lines if line not in set(known)]
-        if not new:
+        # By name: the reason may hold the path, which changes with the folder a run is started in.
+        listed = {line.split("\t")[0] for line in known}
+        names = [name for name in reasons if name not in listed]
+        if not names:
             return
-        path.write_text("".join(f"{line}\n" for line in sorted([*known, *new])))
-        names = [line.split("\t")[0] for line in new]
-        self.event(step, event="skipped_files", count=len(known) + len(new), files=names)
+        lines = sorted([*known, *(f"{name}\t{reasons[name]}" for name in names)])
+        _replace(path, "".join(f"{line}\n" for line in lines))
+        self.event(step, event="skipped_files", count=len(lines), files=names)
         more = f" and {len(names) - 3} more" if len(names) > 3 else ""
         shown = ", ".join(names[:3]) + more
         self.note(f"{len(names)} images cannot be read and are skipped: {shown} (see {path})")
@@ -123,8 +124,13 @@ def _keep_until(path: Path, step: int) -> None:
                 kept.append(line + "\n")
         except ValueError:
             continue
+    _replace(path, "".join(kept))
+
+
+def _replace(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
     temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
-    temporary.write_text("".join(kept))
+    temporary.write_text(text)
     os.replace(temporary, path)
 
 
