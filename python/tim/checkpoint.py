@@ -93,10 +93,10 @@ def load_checkpoint(path: Path, model: nn.Module, average: nn.Module) -> dict[st
 
 def save_weights(model: nn.Module, path: Path) -> None:
     tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
-    metadata = {"format": "pt"}
-    if config := getattr(model, "config", None):
-        metadata["config"] = json.dumps(config.to_dict())
-    save_file(tensors, path, metadata)
+    # One entry at most: safetensors writes several in random order, and equal weights would not be
+    # equal files.
+    config = getattr(model, "config", None)
+    save_file(tensors, path, None if config is None else {"config": json.dumps(config.to_dict())})
 
 
 def load_weights(model: nn.Module, path: Path) -> None:
@@ -153,8 +153,9 @@ def _damaged(file: Path, error: Exception) -> ValueError:
     """The error to raise for a file that cannot be read, with the way out where there is one."""
     folder = file.parent
     older = [path for path in checkpoints(folder.parent) if path.name < folder.name]
+    reason = " ".join(str(error).split()) or type(error).__name__
     remedy = f"; delete {folder} to go on from {older[-1].name}" if older else ""
-    return ValueError(f"{file} is damaged: {' '.join(str(error).split())}{remedy}")
+    return ValueError(f"{file} is damaged: {reason}{remedy}")
 
 
 def _flush(path: Path) -> None:
