@@ -1,9 +1,11 @@
 """Sample grids."""
 
 import numpy as np
+import pytest
 import torch
+from PIL import Image
 
-from tim.grid import GAP, image_grid, pixels_of
+from tim.grid import GAP, image_grid, pixels_of, save_picture
 
 
 def test_rows_columns_and_enlargement() -> None:
@@ -24,3 +26,28 @@ def test_colours_and_their_places() -> None:
     pixels = pixels_of(image_grid([picture], ["x"]))
     left = pixels.shape[1] - 80 - GAP
     assert pixels[GAP : GAP + 64, left : left + 80].equal(picture[0])
+
+
+def test_a_picture_is_written_whole_or_not_at_all(tmp_path, monkeypatch) -> None:
+    picture = Image.new("RGB", (20, 10), (1, 2, 3))
+    out = tmp_path / "new" / "a.PNG"
+    save_picture(picture, out)
+    with Image.open(out) as found:
+        assert found.format == "PNG" and found.tobytes() == picture.tobytes()
+    before = out.read_bytes()
+
+    def crash(self: object, file: object, *_: object) -> None:
+        file.write_bytes(before[:20])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Image.Image, "save", crash)
+    with pytest.raises(KeyboardInterrupt):
+        save_picture(picture, out)
+    assert out.read_bytes() == before and list(out.parent.iterdir()) == [out]
+
+
+@pytest.mark.parametrize("name", ["a.foo", "a", "a.svg"])
+def test_names_that_no_picture_has(tmp_path, name) -> None:
+    with pytest.raises(ValueError, match=rf"must end in .png, .jpg or the like, got .*{name}$"):
+        save_picture(Image.new("L", (2, 2)), tmp_path / "new" / name)
+    assert list(tmp_path.iterdir()) == []

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -33,6 +35,31 @@ def image_grid(rows: Sequence[Tensor], labels: Sequence[object]) -> Image.Image:
             resized = picture.resize((width * scale, height * scale), Image.Resampling.NEAREST)
             canvas.paste(resized, (margin + j * cell_w, top))
     return canvas
+
+
+def picture_format(path: Path) -> str:
+    """Pillow's name of the format that the ending of `path` stands for.
+
+    Raises ValueError when Pillow writes no such files.
+    """
+    known = Image.registered_extensions()
+    kind = known.get(path.suffix.lower())
+    if kind not in Image.SAVE:
+        raise ValueError(f"a picture's name must end in .png, .jpg or the like, got {path}")
+    return kind
+
+
+def save_picture(picture: Image.Image, path: Path) -> None:
+    """Write `picture` to `path`, in a folder made for it if need be, whole or not at all."""
+    kind = picture_format(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
+    try:
+        picture.save(temporary, kind)
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def pixels_of(picture: Image.Image) -> Tensor:

@@ -41,10 +41,18 @@ def main(arguments: list[str]) -> int:
     config = dataclasses.replace(config, sample=dataclasses.replace(config.sample, **changes))
 
     from tim.data import to_uint8
-    from tim.grid import image_grid
+    from tim.grid import image_grid, picture_format, save_picture
     from tim.models import load
     from tim.trainer import pick_device, sample_rows
 
+    steps = config.sample.steps
+    out = command.out or command.run / "samples" / f"steps-{'-'.join(map(str, steps))}.png"
+    picture_format(out)
+    if config.model.in_channels not in (1, 3):
+        raise ValueError(
+            f"{command.run} was trained on latents of {config.model.in_channels} channels, a "
+            "picture has 1 or 3: decode what tim.sample returns"
+        )
     device = pick_device(command.device)
     model = load(command.run, device=device)
     known = config.model.num_classes
@@ -53,9 +61,6 @@ def main(arguments: list[str]) -> int:
         if not 0 <= label < known:
             raise ValueError(f"classes must be in 0 .. {known - 1}, got {label}")
     rows = [to_uint8(x) for x in sample_rows(model, config, classes, device)]
-    steps = config.sample.steps
-    out = command.out or command.run / "samples" / f"steps-{'-'.join(map(str, steps))}.png"
-    out.parent.mkdir(parents=True, exist_ok=True)
-    image_grid(rows, steps).save(out)
+    save_picture(image_grid(rows, steps), out)
     print(out)
     return 0
