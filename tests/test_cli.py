@@ -128,6 +128,11 @@ def test_mistakes_are_told_in_one_line(tmp_path, capsys, monkeypatch) -> None:
     assert "absent does not exist" in told(
         capsys, *train, "--data.kind", "arrays", "--data.path", tmp_path / "absent"
     )
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "a.png").write_bytes(b"no image")
+    assert "none of the 1 images" in told(
+        capsys, *train, "--data.kind", "folder", "--data.path", tmp_path / "broken"
+    )
     assert "got [1, 8, 8]" in told(capsys, *train, "--model.in-channels", 3)
     assert not run.exists()
     assert "config.yaml: No such file" in told(capsys, "sample", run)
@@ -151,6 +156,9 @@ def test_taken_and_changed_runs(tmp_path, capsys) -> None:
     assert cli.run(list(map(str, [*resume, "--train.steps", 3]))) == 0
     assert "resuming at step 2" in capsys.readouterr().err
     assert "classes must be in 0 .. 9, got 10" in told(capsys, "sample", run, "--classes", "1,10")
+    out = tmp_path / "new" / "a.foo"
+    assert f"like, got {out}" in told(capsys, "sample", run, "--out", out)
+    assert not out.parent.exists()
     (run / "config.yaml").write_text("preset: digits\nmodel: {depht: 2}\n")
     assert "unknown field model.depht" in told(capsys, "sample", run)
 
@@ -169,6 +177,7 @@ def test_latents_are_not_said_to_be_pictures(tmp_path, capsys) -> None:
     flags = [*TINY, *data, "--model.in-channels", "4", "--train.steps", "1"]
     assert cli.run(["train", "digits", "--run", str(tmp_path / "run"), *flags]) == 0
     assert capsys.readouterr().err.splitlines()[-1] == "trained 1 steps"
+    assert "trained on latents of 4 channels" in told(capsys, "sample", tmp_path / "run")
 
 
 def test_help(capsys) -> None:

@@ -28,8 +28,8 @@ class FolderDataset(Dataset):
     A file that cannot be decoded is noted in `skipped` when it is met, and the next readable image
     in sorted order takes its place, so the order of all others stays as it is.
 
-    Raises FileNotFoundError when `path` is no folder, ValueError when it holds no image, or images
-    both beside and inside sub-folders; `batch` raises ValueError when no file is readable.
+    Raises FileNotFoundError when `path` is no folder, ValueError when it holds no image that can be
+    read, or images both beside and inside sub-folders.
     """
 
     prefetch = 2
@@ -60,6 +60,8 @@ class FolderDataset(Dataset):
             # Pages are only taken from the system when images are written to them.
             self._cache = np.empty((len(self.files), *self.shape), np.uint8)
         self._cached = np.zeros(len(self.files), bool)
+        # Told now, and not by the first step of a run that has its directory already.
+        self._readable(0)
 
     def __len__(self) -> int:
         return len(self.files)
