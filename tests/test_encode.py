@@ -74,3 +74,11 @@ def test_no_such_autoencoder(images, tmp_path, capsys):
     error = capsys.readouterr().err
     assert error.startswith("tim encode: vae must be a folder or hub id") and error.count("\n") == 1
     assert not out.exists()
+
+
+def test_a_file_where_the_folder_should_be(images, tmp_path, capsys):
+    out = tmp_path / "latents"
+    out.write_text("mine")
+    assert run(["encode", str(images), "--vae", "x", "--out", str(out)]) == 2
+    assert f"out must be a folder, got the file {out}" in capsys.readouterr().err
+    assert out.read_text() == "mine"

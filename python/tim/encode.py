@@ -48,6 +48,8 @@ def main(arguments: list[str]) -> int:
             "image-size and batch-size must be at least 1, "
             f"got {command.image_size} and {command.batch_size}"
         )
+    if command.out.exists() and not command.out.is_dir():
+        raise ValueError(f"out must be a folder, got the file {command.out}")
     dataset = FolderDataset(command.images, command.image_size, cache_bytes=0)
     device = pick_device(command.device)
     vae = load_autoencoder(command.vae).to(device)
