@@ -28,6 +28,10 @@ def test_a_missing_extension_is_explained(monkeypatch) -> None:
     facts = dict(info.facts())
     assert facts["extension"] == "not built: no such module"
     assert "pip install ." in facts["to get it"]
+    monkeypatch.setattr(_extension, "build_info", lambda: {"compiler": "GNU 12", "reason": None})
+    facts = dict(info.facts())
+    assert facts["extension"] == "built, but not loaded: no such module"
+    assert "compiler" not in facts["to get it"]
 
 
 def test_operations_are_listed_with_what_runs_them(capsys, monkeypatch) -> None:

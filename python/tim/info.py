@@ -42,10 +42,15 @@ def facts() -> list[tuple[str, str]]:
     build = _extension.build_info()
     if _extension.C is None:
         reason = build.get("reason") or _extension.REASON
+        # A compiler on record and no complaint of the build: it is there, and does not load.
+        built = bool(build.get("compiler")) and not build.get("reason")
         remedy = build.get("remedy") or (
             "install the package from its source folder with a C++ compiler there: pip install ."
         )
-        extension = [("extension", f"not built: {reason}"), ("to get it", str(remedy))]
+        if built:
+            remedy = "put right what the message names, or install the package again"
+        state = "built, but not loaded" if built else "not built"
+        extension = [("extension", f"{state}: {reason}"), ("to get it", str(remedy))]
     else:
         cuda = build.get("cuda")
         kernels = f"CUDA {cuda}, {build['cuda_architectures']}" if cuda else "not built"
