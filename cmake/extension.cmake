@@ -64,6 +64,9 @@ if(cuda_sources AND NOT TIM_CUDA STREQUAL "OFF")
   include(cmake/cuda.cmake)
 elseif(TIM_CUDA STREQUAL "ON")
   message(FATAL_ERROR "TIM_CUDA=ON, but this source tree holds no CUDA kernels")
+elseif(cuda_sources)
+  note_missing("the CUDA kernels were left out (TIM_CUDA=OFF)"
+               "for a GPU install this package again with TIM_CUDA=AUTO and nvcc (CUDA toolkit) there")
 endif()
 
 install(TARGETS _C DESTINATION tim)

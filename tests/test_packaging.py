@@ -102,6 +102,12 @@ def test_wheel_holds_the_package_and_the_extension_only(wheel):
     assert package_files(wheel) == modules() | {extension, "tim/_build_info.json"}
 
 
+def test_a_build_without_cuda_kernels_says_why_and_how_to_get_them(wheel):
+    info = json.loads(read(wheel, "_build_info.json"))
+    assert "the CUDA kernels were left out (TIM_CUDA=OFF)" in info["reason"]
+    assert "TIM_CUDA=AUTO" in info["remedy"]
+
+
 def test_metadata(wheel):
     metadata = email.message_from_string(read(wheel, ".dist-info/METADATA"))
     assert (metadata["Name"], metadata["Version"]) == ("transition-models", "0.1.0")

@@ -28,7 +28,7 @@ from tim.checkpoint import (
 from tim.config import RunConfig, differences
 from tim.data import Batch, BatchOrder, Dataset, batches, build_dataset
 from tim.ema import EMA
-from tim.grid import image_grid, pixels_of
+from tim.grid import image_grid, pixels_of, save_picture
 from tim.models import TiM
 from tim.run_log import RunLog, peak_memory_gb
 from tim.sampler import sample
@@ -234,9 +234,7 @@ class Trainer:
             log.note(f"no sample grid: {error}")
             return
         grid = image_grid(rows, config.steps)
-        folder = self.run / "samples"
-        folder.mkdir(exist_ok=True)
-        grid.save(folder / f"{self.step:08d}.png")
+        save_picture(grid, self.run / "samples" / f"{self.step:08d}.png")
         log.picture(self.step, "samples", pixels_of(grid))
 
 

@@ -78,7 +78,8 @@ def test_mistakes_are_told_in_one_line(arguments, message, capsys) -> None:
     with pytest.raises(SystemExit) as stop:
         main([*arguments, *QUICK])
     assert stop.value.code == 2
-    assert message in capsys.readouterr().err.splitlines()[-1]
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("tim bench: ") and message in line
 
 
 def test_a_failure_is_reported_and_the_rest_still_runs(tmp_path, monkeypatch, capsys) -> None:

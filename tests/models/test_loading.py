@@ -9,6 +9,7 @@ import pytest
 import torch
 import yaml
 from networks import CAPTIONS, KINDS, LABELS, arguments, network
+from safetensors import safe_open
 from safetensors.torch import save_file
 
 from tim.models import ARCHITECTURES, TiM, load, loading
@@ -161,6 +162,16 @@ def test_asks_no_hub_for_what_looks_like_a_path(name, monkeypatch):
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", None)
     with pytest.raises(FileNotFoundError, match="neither a file, a directory nor a hub id"):
         load(name)
+
+
+def test_equal_weights_are_saved_as_equal_files(tmp_path):
+    model = network(LABELS)
+    for name in "ab":
+        model.save_pretrained(tmp_path / name)
+    a, b = ((tmp_path / name / "model.safetensors").read_bytes() for name in "ab")
+    assert a == b
+    with safe_open(tmp_path / "a" / "model.safetensors", "pt") as file:
+        assert list(file.metadata()) == ["config"]  # several would be written in random order
 
 
 def test_from_pretrained_is_strict(tmp_path):

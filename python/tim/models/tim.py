@@ -213,7 +213,8 @@ class TiM(
     def _save_pretrained(self, save_directory: Path) -> None:
         from safetensors.torch import save_file
 
-        metadata = {"format": "pt", "config": json.dumps(self.config.to_dict())}
+        # One entry: safetensors writes several in random order, and equal weights as unequal files.
+        metadata = {"config": json.dumps(self.config.to_dict())}
         save_file(self.state_dict(), save_directory / "model.safetensors", metadata)
 
     @classmethod
