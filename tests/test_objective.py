@@ -8,6 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from gaussian import INVERSE_C_NOISE, GaussianGuide, GaussianTransition
 from golden_files import golden, relative_error
 from tim import transports
+from tim.derivative import takes_tangents
 from tim.models import TiM, TiMConfig
 from tim.objective import TIME_WEIGHTS, Guidance, TransitionLoss
 from tim.transports import TRANSPORTS, rows
@@ -57,9 +58,9 @@ def weight_gradients(model, out):
 class Recorder(nn.Module):
     """Wraps a network and remembers its calls."""
 
-    def __init__(self, model):
+    def __init__(self, model, takes_tangents=False):
         super().__init__()
-        self.model, self.calls = model, []
+        self.model, self.calls, self.takes_tangents = model, [], takes_tangents
 
     def forward(self, x, t, r, y, **options):
         grad = torch.is_grad_enabled()
@@ -261,11 +262,15 @@ def test_difference_stays_inside_the_range_of_singular_transports():
 
 
 @pytest.mark.parametrize(
-    ("derivative", "batches", "grads"),
-    [("jvp", [4, 4], [True, True]), ("dde", [8, 8], [True, False])],
+    ("derivative", "takes_tangents", "batches", "grads"),
+    [
+        ("jvp", True, [8], [True]),
+        ("jvp", False, [4, 4], [True, True]),
+        ("dde", True, [8, 8], [True, False]),
+    ],
 )
-def test_number_of_passes(derivative, batches, grads):
-    model = Recorder(golden_model())
+def test_number_of_passes(derivative, takes_tangents, batches, grads):
+    model = Recorder(golden_model(), takes_tangents)
     golden_loss(derivative)(model, **golden_batch())
     assert sorted(call["batch"] for call in model.calls) == batches
     assert sorted((call["grad"] for call in model.calls), reverse=True) == grads
@@ -279,6 +284,40 @@ def test_all_diffusion_is_one_pass_without_derivative():
     assert torch.equal(out.t, out.r) and not out.derivative.any()
     batch = small_batch()
     torch.testing.assert_close(out.target, batch["z"] - batch["x"])
+
+
+@pytest.mark.parametrize("name", TRANSPORTS)
+@pytest.mark.parametrize("guided", [False, True])
+def test_tangents_as_an_argument_give_what_dual_numbers_give(name, guided):
+    transport = transports.get(name)
+    guidance = GUIDANCE if guided else None
+    loss = golden_loss("jvp", guidance=guidance, transport=transport, time_weight_map=None)
+    torch.manual_seed(0)
+    batch = golden_batch(torch.float64)
+    batch["t"], batch["r"] = loss.draw_times(batch["x"])
+    outs, gradients = [], []
+    for taking in (False, True):
+        model = golden_model(torch.float64)
+        recorder = Recorder(model, taking)
+        null = {"null": torch.full_like(batch["y"], 10), "ema_model": model} if guided else {}
+        outs.append(loss(recorder, **batch, **null))
+        gradients.append(weight_gradients(model, outs[-1]))
+        assert len(recorder.calls) == (1 if taking else 2)
+    assert outs[0].derivative[4:].abs().max() > 0
+    for field in ("loss", "denoising", "target", "derivative"):
+        assert relative_error(getattr(outs[1], field), getattr(outs[0], field)) < 1e-10, field
+    for key, gradient in gradients[0].items():
+        assert relative_error(gradients[1][key], gradient) < 1e-9, key
+
+
+def test_wrapped_networks_that_take_tangents_are_recognised():
+    model = golden_model()
+    wrapper = nn.Module()
+    wrapper.module = model  # as DistributedDataParallel has it
+    assert takes_tangents(model) and takes_tangents(wrapper)
+    assert takes_tangents(torch.compile(model)) and takes_tangents(torch.compile(wrapper))
+    assert not takes_tangents(Small()) and not takes_tangents(lambda x, t, r, y: x)
+    assert not takes_tangents(Recorder(model))
 
 
 @pytest.mark.parametrize("diffusion_ratio", [0.0, 0.5])

@@ -29,6 +29,19 @@ class Network:
     def without_features(self) -> Network:
         return Network(self.model, self.transport)
 
+    def with_tangents(
+        self, x: Tensor, t: Tensor, r: Tensor, y: Tensor, v: Tensor
+    ) -> tuple[Tensor, Tensor | None, Tensor]:
+        """F and h, and dF of the last samples, those of v, by a model that takes tangents."""
+        last = t[len(t) - len(v) :]
+        c_noise = self.transport.c_noise
+        _, t_time = torch.func.jvp(c_noise, (last,), (torch.ones_like(last),))
+        out = self.model(
+            x, c_noise(t), c_noise(r), y, return_features=self.with_features, tangents=(v, t_time)
+        )
+        F, *h, dF = out
+        return F, h[0] if h else None, dF
+
     def derivative(
         self, x: Tensor, t: Tensor, r: Tensor, y: Tensor, v: Tensor
     ) -> tuple[Tensor, Tensor | None, Tensor]:
@@ -49,9 +62,13 @@ def exact_derivative(
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """F and h of the whole batch, with gradient, and dF along v [B - n, ...] of the samples from n.
 
-    One pass: the tangent rides along with the forward pass that the gradient needs. With activation
-    checkpointing two, because recomputation in the backward pass does not know of tangents.
+    One pass of a model that takes tangents as an argument, `TiM`: they ride along with the forward
+    pass that the gradient needs. Of any other network a pass for the samples with derivative and
+    one for those without; with activation checkpointing one without gradient and one with, because
+    recomputation in the backward pass does not know of tangents.
     """
+    if takes_tangents(network.model):
+        return network.with_tangents(x_t, t, r, y, v)
     tail = (x_t[n:], t[n:], r[n:], y[n:])
     if recomputes_activations(network.model):
         with without_gradient(x_t.device):
@@ -77,6 +94,16 @@ def central_pair(
         )
     ahead, behind = F.chunk(2)
     return ahead, behind
+
+
+def takes_tangents(model: Callable) -> bool:
+    """Whether the network, also wrapped by DDP or torch.compile, has an argument `tangents`."""
+    while isinstance(model, nn.Module):
+        if getattr(model, "takes_tangents", False):
+            return True
+        children = vars(model).get("_modules", {})
+        model = children.get("module", children.get("_orig_mod"))
+    return False
 
 
 def recomputes_activations(model: Callable) -> bool:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import typing
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -51,7 +52,8 @@ def test_equals_the_central_difference(config, condition, own_embedder):
 
     # Two steps cancel the error of second order: what is left is rounding.
     expected = (4 * difference(1e-4) - difference(2e-4)) / 3
-    assert torch.equal(out, model(x, t, r, y))
+    # Products of values and tangents together have more rows, and may be summed in another order.
+    assert relative_error(out, model(x, t, r, y)) < 1e-14
     assert expected.norm() > 0.1 * out.norm()
     assert relative_error(tangent, expected) < 1e-9
 
@@ -175,6 +177,101 @@ def test_derivative_of_a_compiled_network():
     model, inputs, v = network(config), arguments(config), velocity(config, torch.float32)
     compiled = torch.compile(model, backend="aot_eager")
     assert_same_derivative(jvp(compiled, inputs, v), jvp(model, inputs, v))
+
+
+# --- tangents as an argument
+
+
+def given(model: TiM, inputs: tuple, v: torch.Tensor, size: int, **kwargs) -> tuple:
+    """F and dF of the last `size` samples, by tangents that are handed over."""
+    t = inputs[1]
+    tangents = (v[len(v) - size :], torch.ones_like(t[len(t) - size :]))
+    return model(*inputs, tangents=tangents, **kwargs)
+
+
+@EACH_KIND
+@pytest.mark.parametrize("size", [0, 1, 2, 3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_tangents_of_the_last_samples(config, size, dtype):
+    model, inputs, v = network(config, dtype), arguments(config, dtype), velocity(config, dtype)
+    out, tangent = given(model, inputs, v, size)
+    expected, everywhere = jvp(model, inputs, v)
+    assert tangent.shape == (size, *out.shape[1:]) and not tangent.requires_grad
+    accuracy = 10 * torch.finfo(dtype).eps
+    assert relative_error(out, expected) < accuracy
+    if size:
+        assert tangent.abs().max() > 0
+        assert relative_error(tangent, everywhere[3 - size :]) < 10 * accuracy
+
+
+@EACH_KIND
+@pytest.mark.parametrize("kernels", [True, False])
+@pytest.mark.parametrize("mode", ["plain", "checkpointed", "autocast", "no_grad"])
+def test_tangents_given_leave_value_features_and_gradients_alone(config, mode, kernels):
+    model, inputs, v = network(config), arguments(config), velocity(config, torch.float32)
+    used = list(model.parameters())
+    rounding = 2e-2 if mode == "autocast" else 1e-5
+
+    def run(**tangents) -> tuple:
+        with (
+            torch.set_grad_enabled(mode != "no_grad"),
+            torch.autocast("cpu", torch.bfloat16, enabled=mode == "autocast"),
+        ):
+            out, features, *tangent = model(*inputs, return_features=True, **tangents)
+        if mode == "no_grad":
+            return out, features, *tangent
+        loss = out.float().square().mean() + features.float().square().mean()
+        gradients = torch.autograd.grad(loss, used)
+        return out, features, torch.cat([g.flatten() for g in gradients]), *tangent
+
+    with nullcontext() if kernels else ops.reference_only():
+        plain = run()
+        model.gradient_checkpointing = mode == "checkpointed"
+        *actual, tangent = run(tangents=(v[1:], torch.ones(2)))
+    for one, two in zip(actual, plain, strict=True):
+        assert relative_error(one, two) < rounding
+    assert relative_error(tangent, exact(config, torch.float32)[1][1:]) < 2.5 * rounding
+
+
+def test_checkpointing_with_tangents_stores_no_activations():
+    model, inputs, v = network(LABELS), arguments(LABELS), velocity(LABELS, torch.float32)
+    stored = {}
+    for checkpointing in (False, True):
+        model.gradient_checkpointing = checkpointing
+        sizes = []
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda x, sizes=sizes: sizes.append(x.numel()) or x, lambda x: x
+        ):
+            given(model, inputs, v, 2)
+        stored[checkpointing] = sum(sizes)
+    assert stored[True] < stored[False] / 2
+
+
+def test_tangents_given_and_tangents_carried_do_not_mix():
+    model, inputs, v = network(LABELS), arguments(LABELS), velocity(LABELS, torch.float32)
+    with pytest.raises(NotImplementedError, match="the network with tangents given"):
+        torch.func.jvp(lambda x: given(model, (x, *inputs[1:]), v, 2)[0], inputs[:1], (v,))
+
+
+@pytest.mark.parametrize(
+    ("tangents", "message"),
+    [
+        ((torch.zeros(4, 4, 8, 6), torch.zeros(4)), r"T <= B = 3 .* got \[4, 4, 8, 6\] and \[4\]"),
+        ((torch.zeros(2, 4, 8, 6), torch.zeros(3)), r"got \[2, 4, 8, 6\] and \[3\]"),
+        ((torch.zeros(2, 4, 8, 8), torch.zeros(2)), r"rest of x, \[3, 4, 8, 6\]"),
+    ],
+)
+def test_tangents_of_other_shapes_are_refused(tangents, message):
+    with pytest.raises(ValueError, match=f"tangents must have shapes .*{message}"):
+        network(LABELS)(*arguments(LABELS), tangents=tangents)
+
+
+@EACH_KIND
+def test_compiled_with_tangents_given(config):
+    config = dataclasses.replace(config, depth=1, encoder_depth=1)
+    model, inputs, v = network(config), arguments(config), velocity(config, torch.float32)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    assert_same_derivative(given(compiled, inputs, v, 2), given(model, inputs, v, 2))
 
 
 def assert_same_derivative(actual: tuple, expected: tuple) -> None:

@@ -1,6 +1,10 @@
-"""The transformer block: attention, cross-attention and MLP behind adaptive norms."""
+"""The transformer block: attention, cross-attention and MLP behind adaptive norms.
 
-from typing import TypeAlias
+Tokens, updates and conditions are tensors or, with tangents, `tim.ops.Pair`s of them.
+"""
+
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple, TypeAlias
 
 import torch.nn as nn
 import torch.nn.functional as F
@@ -8,20 +12,35 @@ from torch import Tensor
 
 from tim import ops
 from tim.models.config import TiMConfig
-from tim.models.layers import LayerNorm, Linear, SwiGLU
+from tim.models.layers import LayerNorm, Linear, SwiGLU, grouped_swiglu
+from tim.ops import pairs
+from tim.ops.pairs import Operand
 
 #: Output of a sub-layer and its gate, not yet added to the tokens.
-Update: TypeAlias = tuple[Tensor, Tensor] | None
+Update: TypeAlias = tuple[Operand, Operand] | None
 #: Rotary cosines and sines.
 Tables: TypeAlias = tuple[Tensor, Tensor]
 
 
-def add_update(x: Tensor, update: Update) -> Tensor:
+class Prepared(NamedTuple):
+    """What a block makes of the conditions alone."""
+
+    modulation: list[Operand]  #: shift, scale and gate [B, 1, C] of each sub-layer
+    offset: Operand | None  #: [B, 1, 3 C], added to q, k and v of every token
+
+
+def add_update(x: Operand, update: Update) -> Operand:
     """Tokens [B, N, C] with the pending update added: x + gate y."""
-    return x if update is None else x + update[1] * update[0]
+    if update is None:
+        return x
+    if not pairs.is_pair(x, *update):
+        return x + update[1] * update[0]
+    return pairs.lift(lambda x, y, gate: x + gate * y, x, *update)
 
 
-def normalise(x: Tensor, update: Update, shift: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+def normalise(
+    x: Operand, update: Update, shift: Operand, scale: Operand
+) -> tuple[Operand, Operand]:
     """Tokens with the pending update added, and their adaptive norm, in one pass."""
     if update is None:
         return x, ops.adaln(x, shift, scale)
@@ -44,20 +63,19 @@ class Attention(nn.Module):
         self.q_norm, self.k_norm = _head_norms(config)
         self.proj = Linear(width, width)
 
-    def forward(self, x: Tensor, interval: Tensor, rope: Tables) -> Tensor:
-        qkv = self.qkv(x)
-        if self.qkv_d is not None:
-            qkv = qkv + self.qkv_d(interval)
-        qkv = qkv.unflatten(-1, self.heads)
+    def forward(self, x: Operand, offset: Operand | None, rope: Tables) -> Operand:
+        """`offset` [B, 1, 3 C]: bias of q, k and v, and the projection of the interval."""
+        qkv = ops.linear(x, self.qkv.weight, self.qkv.bias if offset is None else offset)
+        qkv = pairs.each(lambda qkv: qkv.unflatten(-1, self.heads), qkv)
         if self.q_norm is None:
-            q, k, v = qkv.unbind(2)
+            q, k, v = pairs.unbind(qkv, 2)
             q, k = _rotate(q, rope), _rotate(k, rope)
         else:
             q, k, v = ops.qk_norm_rope(
                 qkv, self.q_norm.weight, self.q_norm.bias, self.k_norm.weight, self.k_norm.bias,
                 *rope, self.q_norm.eps,
             )  # fmt: skip
-        return self.proj(ops.attention(q, k, v).flatten(2))
+        return self.proj(_heads_joined(ops.attention(q, k, v)))
 
 
 class CrossAttention(nn.Module):
@@ -72,12 +90,15 @@ class CrossAttention(nn.Module):
         self.q_norm, self.k_norm = _head_norms(config)
         self.proj = Linear(width, width)
 
-    def forward(self, x: Tensor, text: Tensor, rope: Tables) -> Tensor:
-        q = self.q(x).unflatten(-1, self.heads)
-        k, v = self.kv(text).unflatten(-1, (2, *self.heads)).unbind(2)
+    def forward(self, x: Operand, text: Operand, rope: Tables) -> Operand:
+        q = pairs.each(lambda q: q.unflatten(-1, self.heads), self.q(x))
+        kv = pairs.each(lambda kv: kv.unflatten(-1, (2, *self.heads)), self.kv(text))
+        k, v = pairs.unbind(kv, 2)
         if self.q_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        return self.proj(ops.attention(_rotate(q, rope).to(v.dtype), k.to(v.dtype), v).flatten(2))
+        dtype = (v.primal if pairs.is_pair(v) else v).dtype
+        q, k = (pairs.each(lambda x: x.to(dtype), x) for x in (_rotate(q, rope), k))
+        return self.proj(_heads_joined(ops.attention(q, k, v)))
 
 
 def _head_norms(config: TiMConfig) -> tuple[LayerNorm | None, LayerNorm | None]:
@@ -86,8 +107,12 @@ def _head_norms(config: TiMConfig) -> tuple[LayerNorm | None, LayerNorm | None]:
     return LayerNorm(config.head_dim), LayerNorm(config.head_dim)
 
 
-def _rotate(x: Tensor, rope: Tables) -> Tensor:
-    return ops.rotate_reference(x, *rope).to(x.dtype)
+def _rotate(x: Operand, rope: Tables) -> Operand:
+    return pairs.each(lambda x: ops.rotate_reference(x, *rope).to(x.dtype), x)
+
+
+def _heads_joined(x: Operand) -> Operand:
+    return pairs.each(lambda x: x.flatten(2), x)
 
 
 class Block(nn.Module):
@@ -109,13 +134,14 @@ class Block(nn.Module):
 
     def forward(
         self,
-        x: Tensor,
+        x: Operand,
         update: Update,
-        condition: Tensor,
-        interval: Tensor,
-        text: Tensor | None,
+        condition: Operand,
+        interval: Operand,
+        text: Operand | None,
         rope: Tables,
-    ) -> tuple[Tensor, Update]:
+        prepared: Prepared | None = None,
+    ) -> tuple[Operand, Update]:
         """Tokens and pending update before the block to tokens and pending update after it.
 
         Args:
@@ -123,11 +149,14 @@ class Block(nn.Module):
             condition, interval: [B, 1, C], sum of all embeddings and the second time embedding.
             text: [B, M, C] normalised text tokens of a text model, else None.
             rope: cos, sin [N, head_dim].
+            prepared: this block's of `prepare`, or None to have it made here.
         """
-        modulation = self.adaLN_modulation(condition).chunk(3 * self.sublayers, dim=-1)
+        if prepared is None:
+            (prepared,) = prepare([self], condition, interval)
+        modulation, offset = prepared
         shift, scale, gate = modulation[:3]
         x, h = normalise(x, update, shift, scale)
-        update = self.attn(h, interval, rope), gate
+        update = self.attn(h, offset, rope), gate
         if self.cross_attn is not None:
             shift, scale, gate = modulation[3:6]
             x, h = normalise(x, update, shift, scale)
@@ -135,6 +164,44 @@ class Block(nn.Module):
         shift, scale, gate = modulation[-3:]
         x, h = normalise(x, update, shift, scale)
         return x, (self.mlp(h), gate)
+
+
+def prepare(blocks: Sequence[Block], condition: Operand, interval: Operand) -> list[Prepared]:
+    """The conditions [B, 1, C] as each block uses them, for all blocks in a few products."""
+    condition = pairs.each(lambda x: x[:, 0], condition)
+    each_block = grouped_swiglu(condition, [block.adaLN_modulation for block in blocks])
+    pieces = modulation_pieces(each_block, 3 * blocks[0].sublayers)
+    offsets: list[Operand | None] = [None] * len(blocks)
+    if blocks[0].attn.qkv_d is not None:
+        offsets = pairs.unbind(
+            ops.grouped_linear(
+                pairs.each(lambda x: x[:, 0], interval),
+                [block.attn.qkv_d.weight for block in blocks],
+                [block.attn.qkv.bias for block in blocks],
+            ),
+            1,
+        )
+        offsets = [pairs.each(lambda x: x[:, None], offset) for offset in offsets]
+    return [
+        Prepared(modulation, offset) for modulation, offset in zip(pieces, offsets, strict=True)
+    ]
+
+
+def can_prepare(blocks: Iterable[Block]) -> bool:
+    """Whether the weights for it are at hand: FSDP gathers those of a block only inside it."""
+    weights = (
+        weight
+        for block in blocks
+        for weight in (*block.adaLN_modulation.parameters(), block.attn.qkv.bias)
+    )
+    return all(type(weight) in (nn.Parameter, Tensor) for weight in weights)
+
+
+def modulation_pieces(modulation: Operand, count: int) -> list[list[Operand]]:
+    """For each group of [B, groups, count C] its `count` parts [B, 1, C], as views."""
+    parts = pairs.each(lambda x: x.unflatten(2, (count, -1)).flatten(1, 2), modulation)
+    pieces = [pairs.each(lambda x: x[:, None], piece) for piece in pairs.unbind(parts, 1)]
+    return [pieces[i : i + count] for i in range(0, len(pieces), count)]
 
 
 class FinalLayer(nn.Module):
@@ -145,11 +212,13 @@ class FinalLayer(nn.Module):
         self.linear = Linear(hidden_size, out_features)
         self.adaLN_modulation = SwiGLU(hidden_size, hidden_size // 2, 2 * hidden_size)
 
-    def forward(self, x: Tensor, update: Update, condition: Tensor) -> Tensor:
-        shift, scale = self.adaLN_modulation(condition).chunk(2, dim=-1)
+    def forward(self, x: Operand, update: Update, condition: Operand) -> Operand:
+        condition = pairs.each(lambda x: x[:, 0], condition)
+        modulation = grouped_swiglu(condition, [self.adaLN_modulation])
+        ((shift, scale),) = modulation_pieces(modulation, 2)
         return self.linear(normalise(x, update, shift, scale)[1])
 
 
-def norm_without_parameters(x: Tensor) -> Tensor:
+def norm_without_parameters(x: Operand) -> Operand:
     """Layer norm over the last dimension, as in front of every sub-layer, unmodulated."""
-    return F.layer_norm(x, x.shape[-1:], eps=1e-6)
+    return pairs.lift(lambda x: F.layer_norm(x, x.shape[-1:], eps=1e-6), x)

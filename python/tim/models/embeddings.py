@@ -7,8 +7,10 @@ import torch.nn as nn
 from torch import Tensor
 
 from tim import ops
-from tim.models.layers import LayerNorm, Linear, SwiGLU
+from tim.models.layers import LayerNorm, Linear, SiLU, SwiGLU
 from tim.models.tables import cached
+from tim.ops import pairs
+from tim.ops.pairs import Operand, Pair
 
 FREQUENCIES = 128
 MAX_PERIOD = 10000.0
@@ -26,13 +28,16 @@ class PatchEmbedder(nn.Module):
         self.patch_size = patch_size
         self.proj = nn.Conv2d(in_channels, hidden_size, patch_size, stride=patch_size)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Operand) -> Operand:
+        patches = pairs.each(self._patches, x)
+        return ops.linear(patches, self.proj.weight.flatten(1), self.proj.bias)
+
+    def _patches(self, x: Tensor) -> Tensor:
         p = self.patch_size
         batch, channels, height, width = x.shape
         rows, columns = height // p, width // p
         patches = x.reshape(batch, channels, rows, p, columns, p).permute(0, 2, 4, 1, 3, 5)
-        patches = patches.reshape(batch, rows * columns, channels * p * p)
-        return ops.linear(patches, self.proj.weight.flatten(1), self.proj.bias)
+        return patches.reshape(batch, rows * columns, channels * p * p)
 
 
 class TimeEmbedder(nn.Module):
@@ -46,22 +51,37 @@ class TimeEmbedder(nn.Module):
     def __init__(self, hidden_size: int) -> None:
         super().__init__()
         self.mlp = nn.Sequential(
-            Linear(2 * FREQUENCIES, hidden_size), nn.SiLU(), Linear(hidden_size, hidden_size)
+            Linear(2 * FREQUENCIES, hidden_size), SiLU(), Linear(hidden_size, hidden_size)
         )
 
-    def forward(self, t: Tensor) -> Tensor:
-        features = time_features(t).to(self.mlp[0].weight.dtype)
-        if not torch.amp.is_autocast_available(t.device.type):
+    def forward(self, t: Operand) -> Operand:
+        dtype, device = self.mlp[0].weight.dtype, self.mlp[0].weight.device.type
+        features = pairs.each(lambda values: values.to(dtype), time_features(t))
+        if not torch.amp.is_autocast_available(device):
             return self.mlp(features)
-        with torch.autocast(t.device.type, enabled=False):
+        with torch.autocast(device, enabled=False):
             return self.mlp(features)
 
 
-def time_features(t: Tensor) -> Tensor:
+def time_features(t: Operand) -> Operand:
     """Cosines, then sines of the times t [B]: [B, 256], float64 for float64 times, else float32."""
+    if not isinstance(t, Pair):
+        return torch.cat(_cosines_and_sines(_angles(t)), dim=1)
+    angles = _angles(t.primal)
+    cosines, sines = _cosines_and_sines(angles)
+    with torch.no_grad():
+        first, turning = len(angles) - len(t.tangent), _angles(t.tangent.to(angles.dtype))
+        tangent = torch.cat((-sines[first:] * turning, cosines[first:] * turning), dim=1)
+    return Pair(torch.cat((cosines, sines), dim=1), tangent)
+
+
+def _angles(t: Tensor) -> Tensor:
     dtype = torch.promote_types(t.dtype, torch.float32)
-    angles = t.to(dtype)[:, None] * cached(_frequencies, t.device, dtype)
-    return torch.cat((angles.cos(), angles.sin()), dim=1)
+    return t.to(dtype)[:, None] * cached(_frequencies, t.device, dtype)
+
+
+def _cosines_and_sines(angles: Tensor) -> tuple[Tensor, Tensor]:
+    return angles.cos(), angles.sin()
 
 
 def _frequencies(device: torch.device, dtype: torch.dtype) -> Tensor:
@@ -96,5 +116,6 @@ class CaptionEmbedder(nn.Module):
         self.norm = LayerNorm(cap_feat_dim)
         self.mlp = SwiGLU(cap_feat_dim, 4 * hidden_size, hidden_size)
 
-    def forward(self, y: Tensor) -> Tensor:
-        return self.mlp(self.norm(y.to(self.norm.weight.dtype)))
+    def forward(self, y: Operand) -> Operand:
+        y = pairs.each(lambda captions: captions.to(self.norm.weight.dtype), y)
+        return self.mlp(self.norm(y))

@@ -9,10 +9,12 @@ The operations registered under `torch.ops.tim` are private: called bare, they h
 from tim.ops._dispatch import KERNEL_OPS, backends, reference_only
 from tim.ops.adaln import adaln, adaln_reference, gated_adaln, gated_adaln_reference
 from tim.ops.attention import attention, attention_reference
+from tim.ops.grouped_linear import grouped_linear, grouped_linear_reference
 from tim.ops.interpolate import interpolate, interpolate_reference
 from tim.ops.linear import linear
+from tim.ops.pairs import Operand, Pair
 from tim.ops.qk_norm_rope import qk_norm_rope, qk_norm_rope_reference, rotate_reference
-from tim.ops.swiglu import swiglu, swiglu_reference
+from tim.ops.swiglu import silu, swiglu, swiglu_reference
 from tim.ops.transition_loss import (
     TransitionLossTerms,
     transition_loss,
@@ -21,6 +23,8 @@ from tim.ops.transition_loss import (
 
 __all__ = [
     "KERNEL_OPS",
+    "Operand",
+    "Pair",
     "TransitionLossTerms",
     "adaln",
     "adaln_reference",
@@ -29,6 +33,8 @@ __all__ = [
     "available",
     "gated_adaln",
     "gated_adaln_reference",
+    "grouped_linear",
+    "grouped_linear_reference",
     "interpolate",
     "interpolate_reference",
     "linear",
@@ -36,6 +42,7 @@ __all__ = [
     "qk_norm_rope_reference",
     "reference_only",
     "rotate_reference",
+    "silu",
     "swiglu",
     "swiglu_reference",
     "transition_loss",

@@ -6,9 +6,11 @@ import torch
 from torch import Tensor
 
 from tim.ops import _dispatch as dispatch
+from tim.ops import pairs
+from tim.ops.pairs import Operand, Pair
 
 
-def adaln(x: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-6) -> Tensor:
+def adaln(x: Operand, shift: Operand, scale: Operand, eps: float = 1e-6) -> Operand:
     """norm(x) (1 + scale) + shift, with norm the layer norm over C without parameters.
 
     Args:
@@ -27,6 +29,8 @@ def adaln(x: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-6) -> Tensor:
     Source: Peebles and Xie, "Scalable diffusion models with transformers" (arXiv 2212.09748),
     sec. 3.2.
     """
+    if pairs.is_pair(x, shift, scale):
+        return _adaln_of_pairs(x, shift, scale, eps)
     dispatch.check_tensors(x=x, shift=shift, scale=scale)
     _check_modulation(x, shift=shift, scale=scale)
     x, shift, scale = dispatch.promote(x, shift, scale)
@@ -40,8 +44,8 @@ def adaln(x: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-6) -> Tensor:
 
 
 def gated_adaln(
-    x: Tensor, y: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-6
-) -> tuple[Tensor, Tensor]:
+    x: Operand, y: Operand, gate: Operand, shift: Operand, scale: Operand, eps: float = 1e-6
+) -> tuple[Operand, Operand]:
     """h = x + gate y, and adaln(h, shift, scale), in one pass.
 
     Args:
@@ -59,6 +63,8 @@ def gated_adaln(
 
     Source: as `adaln`; the gate is that of adaLN-Zero.
     """
+    if pairs.is_pair(x, y, gate, shift, scale):
+        return _gated_adaln_of_pairs(x, y, gate, shift, scale, eps)
     dispatch.check_tensors(x=x, y=y, gate=gate, shift=shift, scale=scale)
     _check_modulation(x, gate=gate, shift=shift, scale=scale)
     dispatch.check_shape("y", y, x.shape, "that of x")
@@ -83,6 +89,29 @@ def gated_adaln_reference(
     """The specification, in PyTorch operations."""
     h = x + gate * y
     return h, adaln_reference(h, shift, scale, eps)
+
+
+def _adaln_of_pairs(x: Operand, shift: Operand, scale: Operand, eps: float) -> Pair:
+    operands = pairs.promote(x, shift, scale)
+    primals, tangents = pairs.split(*operands)
+    _check_modulation(primals[0], shift=primals[1], scale=primals[2])
+    if dispatch.why_not("adaln", *primals) is not None:
+        return pairs.lift(lambda *inputs: adaln_reference(*inputs, eps), *operands)
+    out, t_out, _, _ = _adaln_tangent(*primals, *tangents, eps)
+    return Pair(out, t_out)
+
+
+def _gated_adaln_of_pairs(
+    x: Operand, y: Operand, gate: Operand, shift: Operand, scale: Operand, eps: float
+) -> tuple[Pair, Pair]:
+    operands = pairs.promote(x, y, gate, shift, scale)
+    primals, tangents = pairs.split(*operands)
+    _check_modulation(primals[0], gate=primals[2], shift=primals[3], scale=primals[4])
+    dispatch.check_shape("y", primals[1], primals[0].shape, "that of x")
+    if dispatch.why_not("adaln", *primals) is not None:
+        return pairs.lift(lambda *inputs: gated_adaln_reference(*inputs, eps), *operands)
+    h, out, t_h, t_out, _, _ = _gated_adaln_tangent(*primals, *tangents, eps)
+    return Pair(h, t_h), Pair(out, t_out)
 
 
 def _check_modulation(x: Tensor, **modulation: Tensor) -> None:
@@ -129,11 +158,8 @@ def _run_forward(
     h = None if y is None else dispatch.empty_like(x)
     out, mean, rstd = dispatch.empty_like(x), _row_statistics(x), _row_statistics(x)
     if x.numel():
-        pointers = map(dispatch.pointer, (x, y, gate, shift, scale, h, out, mean, rstd))
-        dispatch.launch(
-            "adaln", x, *pointers, *x.shape, *map(_stride, (gate, shift, scale)), eps,
-            dispatch.DTYPE_CODES[x.dtype],
-        )  # fmt: skip
+        primals = (x, y, gate, shift, scale)
+        _launch("adaln", slice(None), primals, (), (h, out), (), (mean, rstd), eps)
     return h, out, mean, rstd
 
 
@@ -170,25 +196,49 @@ def _gated_tangent(
 
 
 def _run_tangent(primals: tuple, tangents: tuple, eps: float) -> tuple:
+    """h, out, t_h, t_out, mean, rstd; tangents may be of the last samples alone."""
     x, y = map(_contiguous, primals[:2])
     t_x, t_y = map(_contiguous, tangents[:2])
     modulation, t_modulation = [*map(_rows, primals[2:])], [*map(_rows, tangents[2:])]
-    h, t_h = (None, None) if y is None else (dispatch.empty_like(x), dispatch.empty_like(x))
-    out, t_out, mean, rstd = (
-        dispatch.empty_like(x),
-        dispatch.empty_like(x),
-        _row_statistics(x),
-        _row_statistics(x),
-    )
-    if x.numel():
-        inputs = (x, y, *modulation, t_x, t_y, *t_modulation)
-        outputs = (h, out, t_h, t_out, mean, rstd)
-        dispatch.launch(
-            "adaln_tangent", x, *map(dispatch.pointer, inputs + outputs), *x.shape,
-            *map(_stride, modulation), *map(_stride, t_modulation), eps,
-            dispatch.DTYPE_CODES[x.dtype],
+    size = pairs.count(tangents)
+    head, tail = slice(0, len(x) - size), slice(len(x) - size, None)
+    h = None if y is None else dispatch.empty_like(x)
+    out, mean, rstd = dispatch.empty_like(x), _row_statistics(x), _row_statistics(x)
+    t_h, t_out = None if y is None else dispatch.empty_like(x[tail]), dispatch.empty_like(x[tail])
+    if x[head].numel():
+        _launch("adaln", head, (x, y, *modulation), (), (h, out), (), (mean, rstd), eps)
+    if x[tail].numel():
+        moving = (t_x, t_y, *t_modulation)
+        _launch(
+            "adaln_tangent", tail, (x, y, *modulation), moving, (h, out), (t_h, t_out),
+            (mean, rstd), eps,
         )  # fmt: skip
     return h, out, t_h, t_out, mean, rstd
+
+
+def _launch(
+    name: str,
+    samples: slice,
+    primals: tuple,
+    tangents: tuple,
+    outputs: tuple,
+    t_outputs: tuple,
+    statistics: tuple,
+    eps: float,
+) -> None:
+    """Call a kernel on some samples of primals, outputs and statistics."""
+
+    def part(tensors: tuple) -> list[Tensor | None]:
+        return [None if tensor is None else tensor[samples] for tensor in tensors]
+
+    primals = part(primals)
+    modulation, t_modulation = primals[2:], tangents[2:]
+    arrays = (*primals, *tangents, *part(outputs), *t_outputs, *part(statistics))
+    dispatch.launch(
+        name, primals[0], *map(dispatch.pointer, arrays), *primals[0].shape,
+        *map(_stride, modulation), *map(_stride, t_modulation), eps,
+        dispatch.DTYPE_CODES[primals[0].dtype],
+    )  # fmt: skip
 
 
 def _backward(
@@ -283,14 +333,24 @@ def _gated_gradient(
     return (*gradients, *(None,) * (count - 5))
 
 
-def _fakes(count: int):
-    """Fake of an operation with `count` outputs shaped like x, then mean and rstd."""
+def _fake(x: Tensor, *_: object) -> tuple[Tensor, ...]:
+    return dispatch.empty_like(x), _row_statistics(x), _row_statistics(x)
 
-    def fake(x: Tensor, *_: object) -> tuple[Tensor, ...]:
-        outputs = tuple(dispatch.empty_like(x) for _ in range(count))
-        return (*outputs, _row_statistics(x), _row_statistics(x))
 
-    return fake
+def _gated_fake(x: Tensor, *others: object) -> tuple[Tensor, ...]:
+    return dispatch.empty_like(x), *_fake(x)
+
+
+def _tangent_fake(x: Tensor, *others: object) -> tuple[Tensor, ...]:
+    size = pairs.count(others[2:5])
+    out, mean, rstd = _fake(x)
+    return out, dispatch.empty_like(x[len(x) - size :]), mean, rstd
+
+
+def _gated_tangent_fake(x: Tensor, *others: object) -> tuple[Tensor, ...]:
+    tail = x[len(x) - pairs.count(others[4:9]) :]
+    h, out, mean, rstd = _gated_fake(x)
+    return h, out, dispatch.empty_like(tail), dispatch.empty_like(tail), mean, rstd
 
 
 def _backward_fake(
@@ -311,12 +371,12 @@ def _gated_backward_fake(grad: Tensor, grad_h: Tensor, h: Tensor, *_: object) ->
 
 _adaln = dispatch.register(
     "adaln(Tensor x, Tensor shift, Tensor scale, float eps) -> (Tensor, Tensor, Tensor)",
-    _forward, _fakes(1), backward=_gradient, setup_context=_setup,
+    _forward, _fake, backward=_gradient, setup_context=_setup,
 )  # fmt: skip
 _adaln_tangent = dispatch.register(
     "adaln_tangent(Tensor x, Tensor shift, Tensor scale, Tensor? t_x, Tensor? t_shift, "
     "Tensor? t_scale, float eps) -> (Tensor, Tensor, Tensor, Tensor)",
-    _tangent, _fakes(2), backward=_gradient, setup_context=_setup,
+    _tangent, _tangent_fake, backward=_gradient, setup_context=_setup,
 )  # fmt: skip
 _adaln_backward = dispatch.register(
     "adaln_backward(Tensor grad, Tensor x, Tensor scale, Tensor mean, Tensor rstd, float eps) "
@@ -326,13 +386,13 @@ _adaln_backward = dispatch.register(
 _gated_adaln = dispatch.register(
     "gated_adaln(Tensor x, Tensor y, Tensor gate, Tensor shift, Tensor scale, float eps) "
     "-> (Tensor, Tensor, Tensor, Tensor)",
-    _gated_forward, _fakes(2), backward=_gated_gradient, setup_context=_gated_setup,
+    _gated_forward, _gated_fake, backward=_gated_gradient, setup_context=_gated_setup,
 )  # fmt: skip
 _gated_adaln_tangent = dispatch.register(
     "gated_adaln_tangent(Tensor x, Tensor y, Tensor gate, Tensor shift, Tensor scale, "
     "Tensor? t_x, Tensor? t_y, Tensor? t_gate, Tensor? t_shift, Tensor? t_scale, float eps) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    _gated_tangent, _fakes(4), backward=_gated_gradient, setup_context=_gated_setup,
+    _gated_tangent, _gated_tangent_fake, backward=_gated_gradient, setup_context=_gated_setup,
 )  # fmt: skip
 _gated_adaln_backward = dispatch.register(
     "gated_adaln_backward(Tensor grad, Tensor grad_h, Tensor h, Tensor y, Tensor gate, "

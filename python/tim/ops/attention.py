@@ -12,6 +12,8 @@ from torch import Tensor
 from torch._C._functorch import TransformType
 
 from tim.ops import _dispatch as dispatch
+from tim.ops import pairs
+from tim.ops.pairs import Operand, Pair
 
 #: Elements of one tile of the score matrix, which bounds the memory of the tangent whatever the
 #: sequence length: on a CPU what stays in a core's cache, on a GPU what keeps it busy.
@@ -20,15 +22,15 @@ BACKENDS = ("auto", "sdpa", "reference")
 
 
 def attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
+    q: Operand,
+    k: Operand,
+    v: Operand,
     *,
     cu_seqlens_q: Tensor | None = None,
     cu_seqlens_k: Tensor | None = None,
     scale: float | None = None,
     backend: str = "auto",
-) -> Tensor:
+) -> Operand:
     """softmax(q k^T scale) v, with forward, backward and forward-mode tangent.
 
     Forward and backward are PyTorch's scaled_dot_product_attention. With P the softmax and O the
@@ -55,6 +57,8 @@ def attention(
 
     Source: Vaswani et al. (arXiv 1706.03762), eq. 1; the tangent follows by differentiation.
     """
+    if pairs.is_pair(q, k, v):
+        return _of_pairs(q, k, v, scale, backend)
     dispatch.check_tensors(q=q, k=k, v=v)
     _check(q, k, v, backend)
     q, k, v = dispatch.promote(q, k, v)
@@ -127,6 +131,17 @@ def _dense(q: Tensor, k: Tensor, v: Tensor, scale: float, backend: str) -> Tenso
         return out
     t_out = _attention_tangent(*(x.detach() for x in primals), out.detach(), *tangents, scale)
     return dispatch.make_dual(dispatch.guard_backward("attention", out), t_out)
+
+
+def _of_pairs(q: Operand, k: Operand, v: Operand, scale: float | None, backend: str) -> Pair:
+    """The values of all samples and the tangents of some, of sequences of one length."""
+    primals, tangents = pairs.split(*pairs.promote(q, k, v))
+    _check(*primals, backend)
+    scale = 1 / math.sqrt(primals[0].shape[-1]) if scale is None else float(scale)
+    out = _dense(*primals, scale, backend)
+    first = len(out) - pairs.count(tangents)
+    inputs = (x[first:].detach() for x in (*primals, out))
+    return Pair(out, _attention_tangent(*inputs, *tangents, scale))
 
 
 def _plain_is_faster(q: Tensor, k: Tensor) -> bool:

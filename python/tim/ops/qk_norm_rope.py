@@ -6,10 +6,12 @@ import torch
 from torch import Tensor
 
 from tim.ops import _dispatch as dispatch
+from tim.ops import pairs
+from tim.ops.pairs import Operand, Pair
 
 
 def qk_norm_rope(
-    qkv: Tensor,
+    qkv: Operand,
     q_weight: Tensor,
     q_bias: Tensor,
     k_weight: Tensor,
@@ -17,7 +19,7 @@ def qk_norm_rope(
     cos: Tensor,
     sin: Tensor,
     eps: float = 1e-5,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Operand, Operand, Operand]:
     """q = rope(norm(q)), k = rope(norm(k)), v unchanged, out of one packed tensor.
 
     norm is the affine layer norm over the head dimension; rope turns each pair (a, b) of adjacent
@@ -40,8 +42,11 @@ def qk_norm_rope(
     Source: Su et al., "RoFormer" (arXiv 2104.09864), eq. 34; q/k norm as in the released network.
     """
     parameters = {"q_weight": q_weight, "q_bias": q_bias, "k_weight": k_weight, "k_bias": k_bias}
-    _check(qkv, parameters, cos, sin)
     others = (q_weight, q_bias, k_weight, k_bias, cos, sin)
+    if isinstance(qkv, Pair):
+        _check(qkv.primal, parameters, cos, sin)
+        return _of_pair(qkv, others, eps)
+    _check(qkv, parameters, cos, sin)
     differentiable_angles = torch.is_grad_enabled() and (cos.requires_grad or sin.requires_grad)
     if differentiable_angles or dispatch.why_not("qk_norm_rope", qkv) is not None:
         return dispatch.drop_tangent_graph(qk_norm_rope_reference(qkv, *others, eps))
@@ -53,6 +58,14 @@ def qk_norm_rope(
         return dispatch.drop_tangent_graph(qk_norm_rope_reference(qkv, *others, eps))
     q, k, v, t_q, t_k, t_v = _qk_norm_rope_tangent(primals[0], tangents[0], *others, eps)
     return dispatch.make_dual(q, t_q), dispatch.make_dual(k, t_k), dispatch.make_dual(v, t_v)
+
+
+def _of_pair(qkv: Pair, others: tuple[Tensor, ...], eps: float) -> tuple[Pair, Pair, Pair]:
+    dispatch.refuse_tangents("qk_norm_rope of a Pair", *others)
+    if dispatch.why_not("qk_norm_rope", qkv.primal) is not None:
+        return pairs.lift(lambda qkv: qk_norm_rope_reference(qkv, *others, eps), qkv)
+    q, k, v, t_q, t_k, t_v = _qk_norm_rope_tangent(*qkv, *others, eps)
+    return Pair(q, t_q), Pair(k, t_k), Pair(v, t_v)
 
 
 def qk_norm_rope_reference(
@@ -118,26 +131,34 @@ def _outputs(qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 def _forward(qkv: Tensor, *others: object) -> tuple[Tensor, Tensor, Tensor]:
     *tables, eps = others
-    qkv, tables, outputs = _packed(qkv), _float32(*tables), _outputs(qkv)
+    outputs = _outputs(qkv)
+    _run_forward(_packed(qkv), _float32(*tables), outputs, eps)
+    return outputs
+
+
+def _run_forward(qkv: Tensor, tables: tuple, outputs: tuple, eps: float) -> None:
     if qkv.numel():
         dispatch.launch(
             "qk_norm_rope", qkv, *map(dispatch.pointer, (qkv, *tables, *outputs)), *_sizes(qkv),
             *qkv.stride()[:2], eps, dispatch.DTYPE_CODES[qkv.dtype],
         )  # fmt: skip
-    return outputs
 
 
 def _tangent(qkv: Tensor, t_qkv: Tensor, *others: object) -> tuple[Tensor, ...]:
+    """The tangent may be of the last samples alone."""
     *tables, eps = others
+    outputs, t_outputs = _outputs(qkv), _outputs(t_qkv)
     qkv, t_qkv, tables = _packed(qkv), _packed(t_qkv), _float32(*tables)
-    outputs = (*_outputs(qkv), *_outputs(qkv))
+    first = len(qkv) - len(t_qkv)
+    _run_forward(qkv[:first], tables, tuple(out[:first] for out in outputs), eps)
+    qkv = qkv[first:]
     if qkv.numel():
+        arrays = (qkv, t_qkv, *tables, *(out[first:] for out in outputs), *t_outputs)
         dispatch.launch(
-            "qk_norm_rope_tangent", qkv,
-            *map(dispatch.pointer, (qkv, t_qkv, *tables, *outputs)), *_sizes(qkv),
+            "qk_norm_rope_tangent", qkv, *map(dispatch.pointer, arrays), *_sizes(qkv),
             *qkv.stride()[:2], *t_qkv.stride()[:2], eps, dispatch.DTYPE_CODES[qkv.dtype],
         )  # fmt: skip
-    return outputs
+    return (*outputs, *t_outputs)
 
 
 def _backward(
@@ -200,8 +221,8 @@ def _fake(qkv: Tensor, *_: object) -> tuple[Tensor, ...]:
     return _outputs(qkv)
 
 
-def _tangent_fake(qkv: Tensor, *_: object) -> tuple[Tensor, ...]:
-    return (*_outputs(qkv), *_outputs(qkv))
+def _tangent_fake(qkv: Tensor, t_qkv: Tensor, *_: object) -> tuple[Tensor, ...]:
+    return (*_outputs(qkv), *_outputs(t_qkv))
 
 
 def _backward_fake(

@@ -7,9 +7,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tim.ops import _dispatch as dispatch
+from tim.ops import pairs
+from tim.ops.pairs import Operand, Pair
 
 
-def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+def swiglu(gate: Operand, up: Operand) -> Operand:
     """silu(gate) * up, with silu(a) = a / (1 + exp(-a)).
 
     Args:
@@ -24,6 +26,8 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
 
     Source: Shazeer, "GLU variants improve Transformer" (arXiv 2002.05202), eq. 5.
     """
+    if pairs.is_pair(gate, up):
+        return _swiglu_of_pairs(gate, up)
     dispatch.check_tensors(gate=gate, up=up)
     if gate.shape != up.shape:
         raise ValueError(
@@ -38,9 +42,29 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     return dispatch.make_dual(*_swiglu_tangent(gate, up, *tangents))
 
 
+def silu(x: Operand) -> Operand:
+    """x / (1 + exp(-x)), PyTorch's, of a Pair too."""
+    if not isinstance(x, Pair):
+        return F.silu(x)
+    primal, tangent = x
+    with torch.no_grad():
+        # The derivative is a factor for each element, so the backward formula is the tangent's.
+        t_out = torch.ops.aten.silu_backward(tangent, primal[len(primal) - len(tangent) :])
+    return Pair(F.silu(primal), t_out)
+
+
 def swiglu_reference(gate: Tensor, up: Tensor) -> Tensor:
     """The specification, in PyTorch operations."""
     return (F.silu(gate) * up).contiguous()
+
+
+def _swiglu_of_pairs(gate: Operand, up: Operand) -> Pair:
+    operands = pairs.promote(gate, up)
+    primals, tangents = pairs.split(*operands)
+    dispatch.check_shape("up", primals[1], primals[0].shape, "that of gate")
+    if dispatch.why_not("swiglu", *primals) is not None:
+        return pairs.lift(swiglu_reference, *operands)
+    return Pair(*_swiglu_tangent(*primals, *tangents))
 
 
 def _rows(tensor: Tensor | None) -> Tensor | None:
@@ -65,11 +89,15 @@ def _operands(*rows: Tensor | None) -> tuple[int, ...]:
 
 def _forward(gate: Tensor, up: Tensor) -> Tensor:
     out = dispatch.empty_like(gate)
+    _run_forward(gate, up, out)
+    return out
+
+
+def _run_forward(gate: Tensor, up: Tensor, out: Tensor) -> None:
     if out.numel():
         g, u = _rows(gate), _rows(up)
         code = dispatch.DTYPE_CODES[gate.dtype]
         dispatch.launch("swiglu", gate, *_operands(g, u), out.data_ptr(), *g.shape, code)
-    return out
 
 
 def _backward(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
@@ -88,16 +116,27 @@ def _backward(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
 def _tangent(
     gate: Tensor, up: Tensor, t_gate: Tensor | None, t_up: Tensor | None
 ) -> tuple[Tensor, Tensor]:
+    """Tangents may be of the last samples alone."""
     out = dispatch.empty_like(gate)
-    t_out = torch.empty_like(out)
-    if out.numel():
+    first = _first(gate, t_gate, t_up)
+    if first:
+        _run_forward(gate[:first], up[:first], out[:first])
+        gate, up = gate[first:], up[first:]
+    t_out = dispatch.empty_like(gate)
+    if t_out.numel():
         operands = [_rows(tensor) for tensor in (gate, up, t_gate, t_up)]
         code = dispatch.DTYPE_CODES[gate.dtype]
         dispatch.launch(
             "swiglu_tangent", gate, *_operands(*operands),
-            out.data_ptr(), t_out.data_ptr(), *operands[0].shape, code,
+            out[first:].data_ptr() if first else out.data_ptr(), t_out.data_ptr(),
+            *operands[0].shape, code,
         )  # fmt: skip
     return out, t_out
+
+
+def _first(gate: Tensor, *tangents: Tensor | None) -> int:
+    """Number of samples without tangents, which come first; gates may be scalars."""
+    return len(gate) - pairs.count(tangents) if gate.dim() else 0
 
 
 def _setup(ctx, inputs: tuple, output: Tensor | tuple[Tensor, Tensor]) -> None:
@@ -117,8 +156,13 @@ def _like(tensor: Tensor, *_: Tensor | None) -> Tensor:
     return dispatch.empty_like(tensor)
 
 
-def _two_like(tensor: Tensor, *_: Tensor | None) -> tuple[Tensor, Tensor]:
-    return _like(tensor), _like(tensor)
+def _two_like(grad: Tensor, *_: Tensor) -> tuple[Tensor, Tensor]:
+    return _like(grad), _like(grad)
+
+
+def _tangent_fake(gate: Tensor, up: Tensor, *tangents: Tensor | None) -> tuple[Tensor, Tensor]:
+    first = _first(gate, *tangents)
+    return _like(gate), _like(gate[first:] if first else gate)
 
 
 _swiglu = dispatch.register(
@@ -127,7 +171,7 @@ _swiglu = dispatch.register(
 )  # fmt: skip
 _swiglu_tangent = dispatch.register(
     "swiglu_tangent(Tensor gate, Tensor up, Tensor? t_gate, Tensor? t_up) -> (Tensor, Tensor)",
-    _tangent, _two_like, backward=_gradient, setup_context=_setup,
+    _tangent, _tangent_fake, backward=_gradient, setup_context=_setup,
 )  # fmt: skip
 _swiglu_backward = dispatch.register(
     "swiglu_backward(Tensor grad, Tensor gate, Tensor up) -> (Tensor, Tensor)",
