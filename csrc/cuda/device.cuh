@@ -28,8 +28,12 @@ TIM_DEVICE float shuffle_xor(float value, int mask) {
 
 // The block's dynamic shared memory, aligned to 16 bytes.
 TIM_DEVICE float* shared_memory() {
+#ifdef __CUDACC__
     extern __shared__ float4 tim_shared_memory[];
     return reinterpret_cast<float*>(tim_shared_memory);
+#else
+    return static_cast<float*>(emulator::dynamic_shared_memory());
+#endif
 }
 
 // Through the read-only path, which lets the compiler move loads across stores: only for memory

@@ -1,0 +1,131 @@
+// The kernels of kernels.h as functions of a Python module, under their names.
+//
+// Pointers are plain integers, so nothing of torch is compiled in and one build serves every torch.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+#include <array>
+#include <cstdint>
+#include <sstream>
+#include <stdexcept>
+#include <string>
+#include <type_traits>
+#include <utility>
+#include <vector>
+
+#include "kernels.h"
+
+namespace py = pybind11;
+
+namespace tim {
+
+template <class A>
+using PythonType = std::conditional_t<std::is_pointer_v<A>, std::uintptr_t, A>;
+
+template <class A>
+A native(PythonType<A> value) {
+    if constexpr (std::is_pointer_v<A>) {
+        return reinterpret_cast<A>(value);
+    } else {
+        return value;
+    }
+}
+
+struct Parameter {
+    std::string name;
+    bool nullable;
+    bool size;
+};
+
+// "x y? n#": y may be a null pointer, n is a size.
+inline std::vector<Parameter> parse(const char* signature) {
+    std::vector<Parameter> parameters;
+    std::istringstream words(signature);
+    for (std::string word; words >> word;) {
+        const char mark = word.back();
+        if (mark == '?' || mark == '#') word.pop_back();
+        parameters.push_back({word, mark == '?', mark == '#'});
+    }
+    return parameters;
+}
+
+// The last line of defence behind the checks in tim.ops: a null pointer is only right where the
+// signature says so, or where there is nothing to point at because a size is zero.
+template <size_t count>
+void check(const char* kernel, const std::vector<Parameter>& parameters,
+           const std::array<int64_t, count>& values, const std::array<bool, count>& is_pointer) {
+    bool empty = false;
+    for (size_t i = 0; i < count; ++i) {
+        if (!parameters[i].size) continue;
+        if (values[i] < 0) {
+            throw std::invalid_argument(std::string(kernel) + ": " + parameters[i].name +
+                                        " must not be negative, got " + std::to_string(values[i]));
+        }
+        empty = empty || values[i] == 0;
+    }
+    for (size_t i = 0; i < count && !empty; ++i) {
+        if (is_pointer[i] && values[i] == 0 && !parameters[i].nullable) {
+            throw std::invalid_argument(std::string(kernel) + ": " + parameters[i].name +
+                                        " must be the address of an array, got 0");
+        }
+    }
+}
+
+template <class... A, size_t... I>
+void define(py::module_& module, const char* name, void (*kernel)(A...),
+            std::vector<Parameter> parameters, std::index_sequence<I...>) {
+    const auto call = [=](PythonType<A>... arguments) {
+        check<sizeof...(A)>(name, parameters, {static_cast<int64_t>(arguments)...},
+                            {std::is_pointer_v<A>...});
+        kernel(native<A>(arguments)...);
+    };
+    module.def(name, call, py::arg(parameters[I].name.c_str())...,
+               py::call_guard<py::gil_scoped_release>());
+}
+
+template <class... A>
+void define(py::module_& module, const char* name, void (*kernel)(A...), const char* signature) {
+    if (kernel == nullptr) return;
+    std::vector<Parameter> parameters = parse(signature);
+    if (parameters.size() != sizeof...(A)) {
+        throw std::logic_error(std::string(name) + ": signature and kernel differ");
+    }
+    define(module, name, kernel, std::move(parameters), std::index_sequence_for<A...>{});
+}
+
+inline void define_kernels(py::module_ m, const Kernels& k) {
+    define(m, "interpolate", k.interpolate, "x z coefficients a b batch# n# dtype where");
+    define(m, "swiglu", k.swiglu, "gate gate_stride up up_stride out rows# cols# dtype where");
+    define(m, "swiglu_backward", k.swiglu_backward,
+           "grad gate gate_stride up up_stride dgate dup rows# cols# dtype where");
+    define(m, "swiglu_tangent", k.swiglu_tangent,
+           "gate gate_stride up up_stride tgate? tgate_stride tup? tup_stride out tout "
+           "rows# cols# dtype where");
+    define(m, "adaln", k.adaln,
+           "x y? gate? shift scale res? out mean? rstd? batch# tokens# channels# "
+           "gate_stride shift_stride scale_stride eps dtype where");
+    define(m, "adaln_backward", k.adaln_backward,
+           "dout dres? res y? gate? scale mean rstd dx dy? dgate? dshift dscale "
+           "batch# tokens# channels# gate_stride scale_stride eps dtype where");
+    define(m, "adaln_tangent", k.adaln_tangent,
+           "x y? gate? shift scale tx? ty? tgate? tshift? tscale? res? out tres? tout mean? rstd? "
+           "batch# tokens# channels# gate_stride shift_stride scale_stride "
+           "tgate_stride tshift_stride tscale_stride eps dtype where");
+    define(m, "qk_norm_rope", k.qk_norm_rope,
+           "qkv q_weight q_bias k_weight k_bias cos sin q k v batch# tokens# heads# head_dim# "
+           "stride_b stride_n eps dtype where");
+    define(m, "qk_norm_rope_backward", k.qk_norm_rope_backward,
+           "gq gk gv qkv q_weight k_weight cos sin dqkv dq_weight dq_bias dk_weight dk_bias "
+           "batch# tokens# heads# head_dim# stride_b stride_n eps dtype where");
+    define(m, "qk_norm_rope_tangent", k.qk_norm_rope_tangent,
+           "qkv tqkv q_weight q_bias k_weight k_bias cos sin q k v tq tk tv "
+           "batch# tokens# heads# head_dim# stride_b stride_n tstride_b tstride_n eps dtype where");
+    define(m, "transition_loss", k.transition_loss,
+           "F x z d? d_minus? cond? null? coefficients time_weight first target loss denoising "
+           "weight batch# channels# positions# cosine dtype data_dtype where");
+    define(m, "transition_loss_backward", k.transition_loss_backward,
+           "scale F target dF batch# channels# positions# cosine dtype data_dtype where");
+}
+
+}  // namespace tim

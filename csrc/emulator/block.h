@@ -1,0 +1,106 @@
+// A block of an emulated launch: its threads, each on a stack of its own, and where they meet.
+//
+// A thread runs until it has to wait for others: at a barrier, or in an operation of its warp.
+// Which one runs next is a matter of order, which a seed can shuffle. Whoever waits for a thread
+// that never comes is found when no thread can run any more.
+#pragma once
+
+#include <memory>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "cuda_runtime.h"
+#include "fiber.h"
+#include "memory.h"
+
+namespace tim::emulator {
+
+constexpr int kWarpLanes = 32;
+constexpr int kMaxThreads = 1024;
+
+// What a lane brings to an operation of its warp. The last lane to arrive calls `evaluate`, with
+// the lanes of the mask all there, and their results lie behind `operands` when they go on.
+struct Collective {
+    const char* name;
+    unsigned mask;
+    int width;       // lanes must agree on it
+    void* operands;  // of a type that evaluate knows
+    void (*evaluate)(struct Warp& warp, unsigned mask);
+};
+
+enum class State { kReady, kAtBarrier, kInWarp, kGone };
+
+// A 16-byte copy from global to shared memory that has been issued and has not arrived.
+struct AsyncCopy {
+    char* to;
+    const char* from;
+    int bytes;  // the rest are zeros
+};
+
+struct Thread {
+    explicit Thread(size_t stack_bytes) : fiber(stack_bytes) {}
+
+    Fiber fiber;
+    uint3 index;
+    int number = 0;
+    State state = State::kGone;
+    Collective collective;
+    const void* barrier = nullptr;  // the code that called it
+    std::vector<std::vector<AsyncCopy>>
+        copies;  // committed groups, oldest first, and one that grows
+};
+
+struct Warp {
+    int first, count;  // threads
+    Thread& lane(int i) const;
+};
+
+class Block {
+  public:
+    // Runs the threads of one block; false when a check failed.
+    bool run(uint3 index, dim3 threads, size_t shared_bytes, std::mt19937* order,
+             void (*kernel)(void* context), void* context);
+
+    // For the threads, while they run.
+    Thread& current() { return *current_; }
+    bool running() const { return current_ != nullptr; }
+    void sync_block(const void* code);
+    void meet(const Collective& collective);
+    int lane() const { return current_->number % kWarpLanes; }
+    // Ends the launch with an error that names the thread. `code` is what it was executing.
+    [[noreturn]] void fail(const std::string& what, const void* code = nullptr);
+
+    Memory& memory() { return memory_; }
+    const std::string& error() const { return error_; }
+    Thread* thread_that_overflows_at(const void* p);
+    Thread& thread(int number) { return *threads_[number]; }
+
+  private:
+    static void thread_main();
+    void make_ready(Thread& thread);
+    [[noreturn]] void leave_block();
+    void take_next();
+    void run_next();
+    void check_barrier();
+    std::string describe_deadlock() const;
+
+    std::vector<std::unique_ptr<Thread>> threads_;
+    std::vector<int> ready_;  // a ring
+    size_t first_ready_ = 0, ready_count_ = 0;
+    int count_ = 0, waiting_ = 0, gone_ = 0;
+    Thread* current_ = nullptr;
+    Fiber host_;
+    std::mt19937* order_ = nullptr;
+    void (*kernel_)(void*) = nullptr;
+    void* context_ = nullptr;
+    std::string error_;
+    Memory memory_;
+};
+
+Block& block();
+
+// "(1, 0, 0)"
+std::string to_string(uint3 index);
+
+}  // namespace tim::emulator

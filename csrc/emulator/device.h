@@ -1,0 +1,19 @@
+// The emulated device: what the tests can set, and the error of the last launch.
+#pragma once
+
+#include <stdint.h>
+
+#include <string>
+
+namespace tim::emulator {
+
+struct Device {
+    int multiprocessors = 2;        // few, so that blocks take several turns
+    int shared_bytes = 163 * 1024;  // per block, after opting in: that of compute capability 8.0
+    // 0: blocks and threads in their natural order; else the seed that shuffles both.
+    uint32_t order = 0;
+};
+
+Device& device();
+
+}  // namespace tim::emulator
