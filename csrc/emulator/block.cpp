@@ -1,24 +1,14 @@
 #include "block.h"
 
 #include <algorithm>
+#include <utility>
+
+#include "symbols.h"
 
 dim3 gridDim, blockDim;
 uint3 blockIdx, threadIdx;
 
 namespace tim::emulator {
-namespace {
-
-#ifdef __SANITIZE_ADDRESS__
-constexpr size_t kStackBytes = size_t(1) << 20;
-#else
-constexpr size_t kStackBytes = size_t(1) << 17;
-#endif
-
-std::string plural(int count, const char* what) {
-    return std::to_string(count) + " " + what + (count == 1 ? "" : "s");
-}
-
-}  // namespace
 
 Block& block() {
     static Block block;
@@ -45,28 +35,33 @@ bool Block::run(uint3 index, dim3 threads, size_t shared_bytes, std::mt19937* or
     kernel_ = kernel;
     context_ = context;
     error_.clear();
-    memory_.begin_block(shared_bytes);
+    memory_.begin_block(index, shared_bytes);
     for (int i = 0; i < count_; ++i) {
         Thread& thread = *threads_[i];
+        const unsigned number = unsigned(i);
         thread.number = i;
-        thread.index = {i % threads.x, i / threads.x % threads.y, i / (threads.x * threads.y)};
+        thread.index = {number % threads.x, number / threads.x % threads.y,
+                        number / (threads.x * threads.y)};
+        thread.clock = 1;
+        std::fill_n(thread.seen, kWarpLanes, 0u);
         thread.copies.assign(1, {});
         thread.fiber.start(thread_main);
         make_ready(thread);
     }
-    take_next();
+    choose_next();
     host_.switch_to(current_->fiber);
     current_ = nullptr;
-    memory_.end_block();
     return error_.empty();
 }
 
 void Block::thread_main() {
     Block& self = block();
     self.kernel_(self.context_);
-    self.current_->state = State::kGone;
-    ++self.gone_;
-    if (self.gone_ == self.count_) self.leave_block();
+    Thread& own = *self.current_;
+    for (const auto& group : own.copies)
+        if (!group.empty()) self.fail("ends before a cp.async of its own that it has not awaited");
+    own.state = State::kGone;
+    if (++self.gone_ == self.count_) own.fiber.leave_to(self.host_);
     self.run_next();
 }
 
@@ -75,14 +70,12 @@ void Block::make_ready(Thread& thread) {
     ready_[(first_ready_ + ready_count_++) % ready_.size()] = thread.number;
 }
 
-void Block::leave_block() { current_->fiber.leave_to(host_); }
-
-void Block::take_next() {
+void Block::choose_next() {
     if (order_ != nullptr) {
         const size_t chosen = (first_ready_ + (*order_)() % ready_count_) % ready_.size();
         std::swap(ready_[first_ready_], ready_[chosen]);
     }
-    current_ = threads_[ready_[first_ready_]].get();
+    current_ = threads_[size_t(ready_[first_ready_])].get();
     first_ready_ = (first_ready_ + 1) % ready_.size();
     --ready_count_;
     threadIdx = current_->index;
@@ -90,9 +83,9 @@ void Block::take_next() {
 
 // Returns when the thread that called it is chosen again.
 void Block::run_next() {
-    if (ready_count_ == 0) fail(describe_deadlock());
+    if (ready_count_ == 0) fail_deadlock();
     Thread& before = *current_;
-    take_next();
+    choose_next();
     if (current_ != &before) before.fiber.switch_to(current_->fiber);
 }
 
@@ -101,76 +94,97 @@ void Block::sync_block(const void* code) {
     current_->state = State::kAtBarrier;
     if (++waiting_ == count_) {
         check_barrier();
+        memory_.pass_barrier();
         waiting_ = 0;
         for (int i = 0; i < count_; ++i) make_ready(*threads_[i]);
     }
     run_next();
 }
 
-void Block::check_barrier() {}
+// Compilers copy a barrier's call, say into both branches before it: what counts is the line, with
+// the lines that its functions were called from. Where those cannot be told all calls are equal.
+void Block::check_barrier() {
+    const Thread& first = *threads_[0];
+    for (int i = 1; i < count_; ++i) {
+        const Thread& other = *threads_[i];
+        if (other.barrier == first.barrier) continue;
+        const std::string here = describe(first.barrier), there = describe(other.barrier);
+        if (here == there || here.empty() || there.empty()) continue;
+        fail("waits at a barrier (" + there + ") other than that of thread " +
+                 to_string(first.index) + " (" + here + ")",
+             nullptr, &other);
+    }
+}
 
 void Block::meet(const Collective& collective) {
     const unsigned mask = collective.mask;
-    const Warp warp{current_->number / kWarpLanes * kWarpLanes,
-                    std::min(kWarpLanes, count_ - current_->number / kWarpLanes * kWarpLanes)};
-    if ((mask >> lane() & 1u) == 0)
-        fail(std::string(collective.name) + " with a mask that lacks the lane that calls it");
+    const int lane = current_->number % kWarpLanes, first = current_->number - lane;
+    const Warp warp{first, std::min(kWarpLanes, count_ - first)};
+    if ((mask >> lane & 1u) == 0)
+        fail("calls " + std::string(collective.name) +
+                 " with a mask that lacks the lane that calls it",
+             collective.code);
     current_->collective = collective;
     current_->state = State::kInWarp;
     bool complete = true;
     for (int i = 0; i < kWarpLanes; ++i) {
         if ((mask >> i & 1u) == 0) continue;
         if (i >= warp.count || warp.lane(i).state == State::kGone)
-            fail(std::string(collective.name) + " names lane " + std::to_string(i) +
-                 " in its mask, which " + (i >= warp.count ? "does not exist" : "has ended"));
+            fail("calls " + std::string(collective.name) + " with lane " + std::to_string(i) +
+                     " in its mask, which " + (i < warp.count ? "has ended" : "does not exist"),
+                 collective.code);
         const Thread& other = warp.lane(i);
         if (other.state != State::kInWarp) {
             complete = false;
-        } else if (other.collective.mask != mask ||
-                   other.collective.evaluate != collective.evaluate ||
-                   other.collective.width != collective.width) {
-            fail(std::string(collective.name) + ", width " + std::to_string(collective.width) +
-                 ", meets " + other.collective.name + ", width " +
-                 std::to_string(other.collective.width) + ", in lane " + std::to_string(i));
+            continue;
         }
+        const Collective& theirs = other.collective;
+        if (theirs.evaluate != collective.evaluate || theirs.mask != mask)
+            fail("calls " + std::string(collective.name) + " meets " + theirs.name + " of lane " +
+                     std::to_string(i) + (theirs.mask != mask ? ", which has another mask" : ""),
+                 collective.code);
+        if (theirs.width != collective.width)
+            fail("calls " + std::string(collective.name) + " of width " +
+                     std::to_string(collective.width) + " where lane " + std::to_string(i) +
+                     " has width " + std::to_string(theirs.width),
+                 collective.code);
     }
     if (complete) {
-        Warp here = warp;
-        collective.evaluate(here, mask);
+        collective.evaluate(warp, mask);
         for (int i = 0; i < kWarpLanes; ++i)
             if ((mask >> i & 1u) != 0) make_ready(warp.lane(i));
     }
     run_next();
 }
 
-std::string Block::describe_deadlock() const {
+void Block::fail_deadlock() {
+    const auto where = [](const Thread& thread) -> std::string {
+        if (thread.state == State::kGone) return "has ended";
+        const bool barrier = thread.state == State::kAtBarrier;
+        const std::string line = describe(barrier ? thread.barrier : thread.collective.code);
+        return std::string("waits ") + (barrier ? "at a barrier" : "in ") +
+               (barrier ? "" : thread.collective.name) + (line.empty() ? "" : " " + line);
+    };
     const Thread* waits = nullptr;
     for (int i = 0; i < count_ && waits == nullptr; ++i)
         if (threads_[i]->state != State::kGone) waits = threads_[i].get();
-    std::string what = "thread " + to_string(waits->index) + " waits for ever ";
-    if (waits->state == State::kAtBarrier) {
-        what += "at a barrier, with " + plural(waiting_ - 1, "other thread") + " of " +
-                std::to_string(count_ - 1);
-    } else {
-        what += std::string("in ") + waits->collective.name;
-    }
+    std::string what = where(*waits) + " for ever";
     for (int i = 0; i < count_; ++i) {
         const Thread& other = *threads_[i];
+        // One that will not come: in another state, or of a warp whose other lanes wait elsewhere.
         if (other.state == waits->state) continue;
-        what += "; thread " + to_string(other.index);
-        what += other.state == State::kGone ? " has ended"
-                : other.state == State::kAtBarrier
-                    ? " waits at a barrier"
-                    : std::string(" waits in ") + other.collective.name;
+        what += ": thread " + to_string(other.index) + " " + where(other);
         break;
     }
-    return what;
+    fail(what, nullptr, waits);
 }
 
-void Block::fail(const std::string& what, const void*) {
-    error_ =
-        "block " + to_string(blockIdx) + ", thread " + to_string(current_->index) + ": " + what;
-    leave_block();
+void Block::fail(const std::string& what, const void* code, const Thread* who) {
+    const std::string line = code == nullptr ? "" : describe(code);
+    error_ = "block " + to_string(blockIdx) + ", thread " +
+             to_string((who == nullptr ? current_ : who)->index) + " " + what +
+             (line.empty() ? "" : ", " + line);
+    current_->fiber.leave_to(host_);
 }
 
 }  // namespace tim::emulator

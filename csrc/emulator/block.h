@@ -19,17 +19,18 @@ namespace tim::emulator {
 constexpr int kWarpLanes = 32;
 constexpr int kMaxThreads = 1024;
 
-// What a lane brings to an operation of its warp. The last lane to arrive calls `evaluate`, with
-// the lanes of the mask all there, and their results lie behind `operands` when they go on.
+struct Warp;
+
+// What a lane brings to an operation of its warp. When all lanes of the mask are there, the last
+// one calls `evaluate`, which leaves their results behind their `operands`.
 struct Collective {
     const char* name;
     unsigned mask;
-    int width;       // lanes must agree on it
-    void* operands;  // of a type that evaluate knows
-    void (*evaluate)(struct Warp& warp, unsigned mask);
+    int width;  // lanes must agree on it
+    void* operands;
+    void (*evaluate)(const Warp& warp, unsigned mask);
+    const void* code;
 };
-
-enum class State { kReady, kAtBarrier, kInWarp, kGone };
 
 // A 16-byte copy from global to shared memory that has been issued and has not arrived.
 struct AsyncCopy {
@@ -38,17 +39,21 @@ struct AsyncCopy {
     int bytes;  // the rest are zeros
 };
 
+enum class State { kReady, kAtBarrier, kInWarp, kGone };
+
 struct Thread {
     explicit Thread(size_t stack_bytes) : fiber(stack_bytes) {}
 
     Fiber fiber;
-    uint3 index;
+    uint3 index = {};
     int number = 0;
     State state = State::kGone;
-    Collective collective;
-    const void* barrier = nullptr;  // the code that called it
-    std::vector<std::vector<AsyncCopy>>
-        copies;  // committed groups, oldest first, and one that grows
+    Collective collective = {};
+    const void* barrier = nullptr;  // the code that waits there
+    // Grows with each __syncwarp; with that of the lanes of the warp that this one has met.
+    uint32_t clock = 0;
+    uint32_t seen[kWarpLanes] = {};
+    std::vector<std::vector<AsyncCopy>> copies;  // committed groups, oldest first; one that grows
 };
 
 struct Warp {
@@ -58,32 +63,36 @@ struct Warp {
 
 class Block {
   public:
-    // Runs the threads of one block; false when a check failed.
+#ifdef __SANITIZE_ADDRESS__
+    static constexpr size_t kStackBytes = size_t(1) << 20;
+#else
+    static constexpr size_t kStackBytes = size_t(1) << 17;
+#endif
+
+    // Runs the threads of one block; false when a check failed. Without `order` threads take turns.
     bool run(uint3 index, dim3 threads, size_t shared_bytes, std::mt19937* order,
              void (*kernel)(void* context), void* context);
+    const std::string& error() const { return error_; }
+    Memory& memory() { return memory_; }
 
     // For the threads, while they run.
-    Thread& current() { return *current_; }
     bool running() const { return current_ != nullptr; }
+    Thread& current() { return *current_; }
+    Thread& thread(int number) { return *threads_[size_t(number)]; }
     void sync_block(const void* code);
     void meet(const Collective& collective);
-    int lane() const { return current_->number % kWarpLanes; }
-    // Ends the launch with an error that names the thread. `code` is what it was executing.
-    [[noreturn]] void fail(const std::string& what, const void* code = nullptr);
-
-    Memory& memory() { return memory_; }
-    const std::string& error() const { return error_; }
-    Thread* thread_that_overflows_at(const void* p);
-    Thread& thread(int number) { return *threads_[number]; }
+    // Ends the launch with an error that names the thread, the current one by default, and the
+    // code it was executing.
+    [[noreturn]] void fail(const std::string& what, const void* code = nullptr,
+                           const Thread* who = nullptr);
 
   private:
     static void thread_main();
     void make_ready(Thread& thread);
-    [[noreturn]] void leave_block();
-    void take_next();
+    void choose_next();
     void run_next();
     void check_barrier();
-    std::string describe_deadlock() const;
+    [[noreturn]] void fail_deadlock();
 
     std::vector<std::unique_ptr<Thread>> threads_;
     std::vector<int> ready_;  // a ring

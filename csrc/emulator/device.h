@@ -1,9 +1,7 @@
-// The emulated device: what the tests can set, and the error of the last launch.
+// The emulated device: what tests can set.
 #pragma once
 
 #include <stdint.h>
-
-#include <string>
 
 namespace tim::emulator {
 

@@ -35,7 +35,7 @@ struct MmaOperands {
 // follow each other down the rows, then along the columns. Of B it holds the rows 2 t and 2 t + 1
 // of column g, tile below tile; of D the columns 2 t and 2 t + 1 of the rows g and g + 8.
 template <Half type, int depth>
-void evaluate_mma(Warp& warp, unsigned) {
+void evaluate_mma(const Warp& warp, unsigned) {
     float a[16][depth], b[depth][8];
     for (int lane = 0; lane < kWarpLanes; ++lane) {
         const auto& own = *static_cast<const MmaOperands*>(warp.lane(lane).collective.operands);
@@ -66,7 +66,7 @@ struct MatrixOperands {
 // Of matrix j, whose rows the lanes 8 j to 8 j + 7 point at, lane 4 g + t receives the columns 2 t
 // and 2 t + 1 of row g, or, transposed, the rows 2 t and 2 t + 1 of column g.
 template <int count, bool transposed>
-void evaluate_ldmatrix(Warp& warp, unsigned) {
+void evaluate_ldmatrix(const Warp& warp, unsigned) {
     const auto operands = [&](int lane) -> const MatrixOperands& {
         return *static_cast<const MatrixOperands*>(warp.lane(lane).collective.operands);
     };
@@ -74,29 +74,23 @@ void evaluate_ldmatrix(Warp& warp, unsigned) {
         const int g = lane / 4, t = lane % 4;
         for (int j = 0; j < count; ++j) {
             uint16_t pair[2];
+            const Thread& thread = warp.lane(lane);
             for (int i = 0; i < 2; ++i) {
                 const int row = transposed ? 2 * t + i : g, column = transposed ? g : 2 * t + i;
-                memcpy(&pair[i], operands(8 * j + row).row + 2 * column, sizeof(pair[i]));
+                const char* const p = operands(8 * j + row).row + 2 * column;
+                block().memory().access_shared(thread, p, sizeof(pair[i]), Access::kRead,
+                                               thread.collective.code);
+                memcpy(&pair[i], p, sizeof(pair[i]));
             }
             operands(lane).to[j] = pair[0] | uint32_t(pair[1]) << 16;
         }
     }
 }
 
-void arrive(Thread& thread, size_t groups_left) {
-    // The last group is the one that has not been committed.
-    while (thread.copies.size() > groups_left + 1) {
-        for (const AsyncCopy& copy : thread.copies.front()) {
-            memcpy(copy.to, copy.from, size_t(copy.bytes));
-            memset(copy.to + copy.bytes, 0, size_t(16 - copy.bytes));
-        }
-        thread.copies.erase(thread.copies.begin());
-    }
-}
-
-void check_alignment(const char* what, const void* p) {
+void check_alignment(const char* what, const void* p, const void* code) {
     if (reinterpret_cast<uintptr_t>(p) % 16 != 0)
-        block().fail(std::string(what) + " at an address that is no multiple of 16");
+        block().fail(std::string("calls ") + what + " with an address that is no multiple of 16",
+                     code);
 }
 
 }  // namespace
@@ -108,39 +102,45 @@ void mma_m16n8(Half type, int depth, float* d, const uint32_t* a, const uint32_t
         type == Half::kBFloat16
             ? (deep ? evaluate_mma<Half::kBFloat16, 16> : evaluate_mma<Half::kBFloat16, 8>)
             : (deep ? evaluate_mma<Half::kFloat16, 16> : evaluate_mma<Half::kFloat16, 8>);
-    block().meet({"mma", kAllLanes, kWarpLanes, &operands, evaluate});
+    block().meet({"mma", kAllLanes, kWarpLanes, &operands, evaluate, __builtin_return_address(0)});
 }
 
 void ldmatrix(int count, bool transposed, uint32_t* to, const void* row) {
-    const int lane = block().lane();
-    if (lane < 8 * count) {
-        check_alignment("ldmatrix", row);
-        if (!block().memory().is_shared(row) ||
-            !block().memory().is_shared(static_cast<const char*>(row) + 15))
-            block().fail("ldmatrix outside the block's shared memory");
-    }
+    const void* const code = __builtin_return_address(0);
+    if (block().current().number % kWarpLanes < 8 * count) check_alignment("ldmatrix", row, code);
     MatrixOperands operands{to, static_cast<const char*>(row)};
-    using Evaluate = void (*)(Warp&, unsigned);
+    using Evaluate = void (*)(const Warp&, unsigned);
     const Evaluate evaluate =
         count == 1   ? (transposed ? evaluate_ldmatrix<1, true> : evaluate_ldmatrix<1, false>)
         : count == 2 ? (transposed ? evaluate_ldmatrix<2, true> : evaluate_ldmatrix<2, false>)
                      : (transposed ? evaluate_ldmatrix<4, true> : evaluate_ldmatrix<4, false>);
-    block().meet({"ldmatrix", kAllLanes, kWarpLanes, &operands, evaluate});
+    block().meet({"ldmatrix", kAllLanes, kWarpLanes, &operands, evaluate, code});
 }
 
 void cp_async(void* to, const void* from, int bytes) {
-    check_alignment("cp.async", to);
-    check_alignment("cp.async", from);
+    const void* const code = __builtin_return_address(0);
+    check_alignment("cp.async", to, code);
+    check_alignment("cp.async", from, code);
     if (bytes < 0 || bytes > 16)
-        block().fail("cp.async of " + std::to_string(bytes) + " bytes; it must be 0 to 16");
-    if (!block().memory().is_shared(to) || !block().memory().is_shared(static_cast<char*>(to) + 15))
-        block().fail("cp.async to an address outside the block's shared memory");
-    block().current().copies.back().push_back(
-        {static_cast<char*>(to), static_cast<const char*>(from), bytes});
+        block().fail("calls cp.async for " + std::to_string(bytes) + " bytes of 16", code);
+    Thread& thread = block().current();
+    block().memory().begin_copy(thread, to, from, bytes, code);
+    thread.copies.back().push_back({static_cast<char*>(to), static_cast<const char*>(from), bytes});
 }
 
 void cp_async_commit() { block().current().copies.emplace_back(); }
 
-void cp_async_wait(int groups_left) { arrive(block().current(), size_t(groups_left)); }
+void cp_async_wait(int groups_left) {
+    Thread& thread = block().current();
+    // The last group is the one that has not been committed.
+    while (thread.copies.size() > size_t(groups_left) + 1) {
+        for (const AsyncCopy& copy : thread.copies.front()) {
+            memcpy(copy.to, copy.from, size_t(copy.bytes));
+            memset(copy.to + copy.bytes, 0, size_t(16 - copy.bytes));
+            block().memory().end_copy(thread, copy.to);
+        }
+        thread.copies.erase(thread.copies.begin());
+    }
+}
 
 }  // namespace tim::emulator

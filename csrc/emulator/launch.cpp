@@ -1,6 +1,7 @@
 // The part of CUDA's runtime that launches kernels and reports errors.
 #include <algorithm>
 #include <map>
+#include <mutex>
 #include <numeric>
 #include <random>
 #include <string>
@@ -9,6 +10,8 @@
 #include "block.h"
 #include "cuda_runtime.h"
 #include "device.h"
+#include "fault.h"
+#include "symbols.h"
 
 namespace tim::emulator {
 namespace {
@@ -77,20 +80,28 @@ cudaError_t launch(const cudaLaunchConfig_t& config, const void* kernel, const v
     const std::string invalid = why_invalid(config, limit);
     if (!invalid.empty()) return remember(cudaErrorInvalidConfiguration, invalid);
 
+    static std::mutex mutex;  // there is one device, with room for one block
+    const std::lock_guard<std::mutex> lock(mutex);
     gridDim = config.gridDim;
     std::vector<uint64_t> blocks(uint64_t(gridDim.x) * gridDim.y * gridDim.z);
     std::iota(blocks.begin(), blocks.end(), uint64_t(0));
     std::mt19937 order(device().order);
     if (device().order != 0) std::shuffle(blocks.begin(), blocks.end(), order);
     Call context{kernel, arguments, invoke};
+    block().memory().begin_launch();
+    const FaultHandler faults;
+    std::string error;
     for (const uint64_t i : blocks) {
         const uint3 index = {unsigned(i % gridDim.x), unsigned(i / gridDim.x % gridDim.y),
                              unsigned(i / gridDim.x / gridDim.y)};
         if (!block().run(index, config.blockDim, config.dynamicSmemBytes,
-                         device().order != 0 ? &order : nullptr, call, &context))
-            return remember(cudaErrorLaunchFailure, block().error());
+                         device().order != 0 ? &order : nullptr, call, &context)) {
+            error = function_name(kernel) + ", " + block().error();
+            break;
+        }
     }
-    return cudaSuccess;
+    block().memory().end_launch();
+    return error.empty() ? cudaSuccess : remember(cudaErrorLaunchFailure, error);
 }
 
 }  // namespace tim::emulator

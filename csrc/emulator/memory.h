@@ -1,26 +1,90 @@
-// What is known of the memory that an emulated kernel touches, and the checks of each access.
+// The memory that an emulated kernel touches, and the checks of every access to it.
 #pragma once
 
 #include <stddef.h>
 #include <stdint.h>
 
+#include <map>
+#include <memory>
+#include <string>
+#include <unordered_map>
+#include <utility>
+#include <vector>
+
+#include "history.h"
+
 namespace tim::emulator {
+
+#ifdef __SANITIZE_ADDRESS__
+// Accesses do not call back then; AddressSanitizer watches them.
+constexpr bool kTraced = false;
+#else
+constexpr bool kTraced = true;
+#endif
 
 enum class Access { kRead, kWrite, kReadConstant };
 
 class Memory {
   public:
-    // A new block with so many bytes of dynamic shared memory, none of them written.
-    void begin_block(size_t shared_bytes);
-    void end_block();
+    Memory();
+    ~Memory();
+    Memory(const Memory&) = delete;
+    Memory& operator=(const Memory&) = delete;
 
-    char* shared() { return shared_; }
-    size_t shared_bytes() const { return shared_bytes_; }
-    bool is_shared(const void* p) const;
+    // The global memory that kernels may touch from now on; without any: all there is.
+    void set_global(std::vector<std::pair<uintptr_t, size_t>> ranges);
+
+    void begin_launch() { time_.begin_launch(); }
+    void end_launch();
+    // A block with so many bytes of dynamic shared memory, none of it written.
+    void begin_block(uint3 index, size_t shared_bytes);
+    void pass_barrier() { time_.pass_barrier(); }
+    void* dynamic_shared() { return shared_; }
+
+    // Fails the launch unless `thread` may access these bytes now. `code` made the access.
+    void access(const Thread& thread, const void* p, size_t bytes, Access kind, const void* code);
+    // For instructions that address nothing but shared memory.
+    void access_shared(const Thread& thread, const void* p, size_t bytes, Access kind,
+                       const void* code);
+
+    // An asynchronous copy of 16 bytes, the first `bytes` of them from global memory.
+    void begin_copy(const Thread& thread, const void* to, const void* from, int bytes,
+                    const void* code);
+    void end_copy(const Thread& thread, const void* to);
 
   private:
-    char* shared_ = nullptr;
-    size_t shared_bytes_ = 0, capacity_ = 0;
+    static constexpr size_t kCellBytes = 2;  // of one history
+    static constexpr size_t kPageBytes = 4096;
+    struct Page {
+        History cells[kPageBytes / kCellBytes];
+    };
+    // What an access is called in a message.
+    struct Description {
+        const Thread& thread;
+        const void* p;
+        size_t bytes;
+        Access kind;
+        bool shared;
+        const void* code;
+    };
+
+    void check_bounds(const Description& access) const;
+    void check(History& cell, const Description& access);
+    [[noreturn]] void fail(const Description& access, const std::string& why) const;
+    [[noreturn]] void fail_race(const Description& access, const Moment& other) const;
+    History& global_cell(uintptr_t address);
+    History* shared_cells(const void* p);
+
+    Time time_;
+    char* zone_ = nullptr;    // guard, shared memory, guard
+    char* shared_ = nullptr;  // of the block that runs
+    size_t shared_bytes_ = 0;
+    std::unique_ptr<History[]> dynamic_cells_, static_cells_;
+    std::map<uintptr_t, uintptr_t> global_;  // begin, end
+    std::unordered_map<uintptr_t, std::unique_ptr<Page>> pages_;
+    uintptr_t last_page_number_ = 0;
+    Page* last_page_ = nullptr;
+    std::vector<std::pair<uintptr_t, size_t>> module_;  // its constants and variables
 };
 
 }  // namespace tim::emulator

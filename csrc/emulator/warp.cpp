@@ -1,4 +1,5 @@
 // The operations in which the lanes of a warp meet: shuffles, votes, __syncwarp.
+#include <algorithm>
 #include <string>
 
 #include "block.h"
@@ -36,21 +37,22 @@ int source_lane(Shuffle kind, int lane, int argument, int width) {
 }
 
 template <Shuffle kind>
-void evaluate_shuffle(Warp& warp, unsigned mask) {
+void evaluate_shuffle(const Warp& warp, unsigned mask) {
     for (int i = 0; i < kWarpLanes; ++i) {
         if ((mask >> i & 1u) == 0) continue;
         auto& own = *static_cast<ShuffleOperands*>(warp.lane(i).collective.operands);
         const int source = source_lane(kind, i, own.argument, warp.lane(i).collective.width);
         if ((mask >> source & 1u) == 0) {
-            block().fail(std::string(kShuffleNames[int(kind)]) + ": lane " + std::to_string(i) +
-                         " reads lane " + std::to_string(source) +
-                         ", which does not take part in the shuffle");
+            block().fail("calls " + std::string(kShuffleNames[int(kind)]) + ": lane " +
+                             std::to_string(i) + " reads lane " + std::to_string(source) +
+                             ", which does not take part in it",
+                         warp.lane(i).collective.code, &warp.lane(i));
         }
         own.result = static_cast<ShuffleOperands*>(warp.lane(source).collective.operands)->value;
     }
 }
 
-constexpr void (*kEvaluateShuffle[])(Warp&, unsigned) = {
+constexpr void (*kEvaluateShuffle[])(const Warp&, unsigned) = {
     evaluate_shuffle<Shuffle::kIndex>, evaluate_shuffle<Shuffle::kUp>,
     evaluate_shuffle<Shuffle::kDown>, evaluate_shuffle<Shuffle::kXor>};
 
@@ -60,7 +62,7 @@ struct VoteOperands {
 };
 
 template <Vote kind>
-void evaluate_vote(Warp& warp, unsigned mask) {
+void evaluate_vote(const Warp& warp, unsigned mask) {
     unsigned ballot = 0;
     for (int i = 0; i < kWarpLanes; ++i)
         if ((mask >> i & 1u) != 0 &&
@@ -74,33 +76,49 @@ void evaluate_vote(Warp& warp, unsigned mask) {
             static_cast<VoteOperands*>(warp.lane(i).collective.operands)->result = result;
 }
 
-void evaluate_sync(Warp&, unsigned) {}
+// All lanes learn what each of them knew, and what comes after is later than what they know.
+void evaluate_sync(const Warp& warp, unsigned mask) {
+    uint32_t seen[kWarpLanes] = {};
+    for (int i = 0; i < kWarpLanes; ++i) {
+        if ((mask >> i & 1u) == 0) continue;
+        Thread& thread = warp.lane(i);
+        thread.seen[i] = thread.clock++;
+        for (int j = 0; j < kWarpLanes; ++j) seen[j] = std::max(seen[j], thread.seen[j]);
+    }
+    for (int i = 0; i < kWarpLanes; ++i)
+        if ((mask >> i & 1u) != 0) std::copy_n(seen, kWarpLanes, warp.lane(i).seen);
+}
 
 }  // namespace
 
 void sync_warp(unsigned mask) {
-    block().meet({"__syncwarp", mask, warpSize, nullptr, evaluate_sync});
+    block().meet(
+        {"__syncwarp", mask, warpSize, nullptr, evaluate_sync, __builtin_return_address(0)});
 }
 
 uint64_t shuffle(Shuffle kind, unsigned mask, uint64_t value, int argument, int width) {
     const char* const name = kShuffleNames[int(kind)];
     if (width < 1 || width > kWarpLanes || (width & (width - 1)) != 0)
-        block().fail(std::string(name) + ": width must be a power of two up to 32, got " +
-                     std::to_string(width));
+        block().fail("calls " + std::string(name) +
+                         ": width must be a power of two up to 32, got " + std::to_string(width),
+                     __builtin_return_address(0));
     if (kind != Shuffle::kIndex && (argument < 0 || argument >= kWarpLanes))
-        block().fail(std::string(name) + ": the distance must be from 0 to 31, got " +
-                     std::to_string(argument));
+        block().fail("calls " + std::string(name) + ": the distance must be from 0 to 31, got " +
+                         std::to_string(argument),
+                     __builtin_return_address(0));
     ShuffleOperands operands{kind, value, argument, 0};
-    block().meet({name, mask, width, &operands, kEvaluateShuffle[int(kind)]});
+    block().meet(
+        {name, mask, width, &operands, kEvaluateShuffle[int(kind)], __builtin_return_address(0)});
     return operands.result;
 }
 
 unsigned vote(Vote kind, unsigned mask, bool predicate) {
     VoteOperands operands{predicate, 0};
     constexpr const char* kNames[] = {"__ballot_sync", "__all_sync", "__any_sync"};
-    constexpr void (*kEvaluate[])(Warp&, unsigned) = {
+    constexpr void (*kEvaluate[])(const Warp&, unsigned) = {
         evaluate_vote<Vote::kBallot>, evaluate_vote<Vote::kAll>, evaluate_vote<Vote::kAny>};
-    block().meet({kNames[int(kind)], mask, warpSize, &operands, kEvaluate[int(kind)]});
+    block().meet({kNames[int(kind)], mask, warpSize, &operands, kEvaluate[int(kind)],
+                  __builtin_return_address(0)});
     return operands.result;
 }
 

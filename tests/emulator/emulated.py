@@ -14,6 +14,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
 
 from tim import _extension
 from tim.ops import _dispatch as dispatch
@@ -46,10 +47,34 @@ def module(name: str = "tim_emulator") -> ModuleType:
     return importlib.import_module(name)
 
 
+def extent(tensor: torch.Tensor) -> int:
+    """Bytes from the first to the last element, which may lie apart."""
+    if tensor.numel() == 0:
+        return 0
+    last = sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return (last + 1) * tensor.element_size()
+
+
 @contextmanager
 def emulated() -> Iterator[ModuleType]:
-    """Inside, tim.ops runs the emulated CUDA kernels on tensors of the CPU."""
+    """Inside, tim.ops runs the emulated CUDA kernels on tensors of the CPU.
+
+    A kernel may touch only the tensors whose addresses were taken since the last launch.
+    """
     emulator = module()
+
+    touched: dict[int, int] = {}
+    data_ptr, launch = torch.Tensor.data_ptr, dispatch.launch
+
+    def recorded(tensor: torch.Tensor) -> int:
+        address = data_ptr(tensor)
+        touched[address] = max(touched.get(address, 0), extent(tensor))
+        return address
+
+    def launch_within(name: str, anchor: torch.Tensor, *arguments: object) -> None:
+        emulator.set_memory(list(touched.items()))
+        touched.clear()
+        launch(name, anchor, *arguments)
 
     def forget() -> None:
         dispatch.has_kernel.cache_clear()
@@ -57,11 +82,14 @@ def emulated() -> Iterator[ModuleType]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(_extension, "kernels", lambda device: emulator if device == "cpu" else None)
+        patch.setattr(torch.Tensor, "data_ptr", recorded, raising=False)
+        patch.setattr(dispatch, "launch", launch_within)
         patch.setitem(dispatch.KERNEL_DTYPES, "cpu", dispatch.KERNEL_DTYPES["cuda"])
         forget()
         try:
             yield emulator
         finally:
             emulator.set_device()
+            emulator.set_memory([])
             forget()
     forget()
