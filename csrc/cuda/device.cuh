@@ -36,6 +36,18 @@ TIM_DEVICE float* shared_memory() {
 #endif
 }
 
+// The block's array that `Name`, any type, stands for: the same one in all calls.
+template <class Name, class T, int n>
+TIM_DEVICE T* shared_array() {
+#ifdef __CUDACC__
+    __shared__ alignas(16) T array[n];
+    return array;
+#else
+    static const char key = 0;
+    return static_cast<T*>(emulator::static_shared_memory(&key, n * sizeof(T)));
+#endif
+}
+
 // Through the read-only path, which lets the compiler move loads across stores: only for memory
 // that no thread of the same launch writes.
 template <class Word>

@@ -56,7 +56,11 @@ bool Block::run(uint3 index, dim3 threads, size_t shared_bytes, std::mt19937* or
 
 void Block::thread_main() {
     Block& self = block();
+    {
+        const Inside before_the_first_switch;
+    }
     self.kernel_(self.context_);
+    const Inside inside;
     Thread& own = *self.current_;
     for (const auto& group : own.copies)
         if (!group.empty()) self.fail("ends before a cp.async of its own that it has not awaited");
@@ -90,6 +94,7 @@ void Block::run_next() {
 }
 
 void Block::sync_block(const void* code) {
+    const Inside inside;
     current_->barrier = code;
     current_->state = State::kAtBarrier;
     if (++waiting_ == count_) {
@@ -117,6 +122,7 @@ void Block::check_barrier() {
 }
 
 void Block::meet(const Collective& collective) {
+    const Inside inside;
     const unsigned mask = collective.mask;
     const int lane = current_->number % kWarpLanes, first = current_->number - lane;
     const Warp warp{first, std::min(kWarpLanes, count_ - first)};
@@ -180,6 +186,7 @@ void Block::fail_deadlock() {
 }
 
 void Block::fail(const std::string& what, const void* code, const Thread* who) {
+    const Inside inside;
     const std::string line = code == nullptr ? "" : describe(code);
     error_ = "block " + to_string(blockIdx) + ", thread " +
              to_string((who == nullptr ? current_ : who)->index) + " " + what +

@@ -61,6 +61,19 @@ struct Warp {
     Thread& lane(int i) const;
 };
 
+// Lives while the emulator itself works, on whichever thread.
+class Inside {
+  public:
+    Inside() { now_ = true; }
+    ~Inside() { now_ = false; }
+    Inside(const Inside&) = delete;
+    Inside& operator=(const Inside&) = delete;
+    static bool now() { return now_; }
+
+  private:
+    static inline bool now_ = false;
+};
+
 class Block {
   public:
 #ifdef __SANITIZE_ADDRESS__

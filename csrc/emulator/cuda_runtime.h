@@ -15,8 +15,12 @@
 #define __forceinline__ inline __attribute__((always_inline))
 #define __launch_bounds__(...)
 #define __restrict__ __restrict
-// Function-static, in a section of its own by which the checks know it.
-#define __shared__ static __attribute__((section("tim_shared")))
+// Compilers do not show how a variable is used whose address they do not need.
+#define __shared__                                                          \
+    static_assert(sizeof(char) == 0,                                        \
+                  "shared memory is seen only through shared_memory() and " \
+                  "shared_array()");                                        \
+    static
 
 struct uint3 {
     unsigned x, y, z;
@@ -56,6 +60,8 @@ extern dim3 gridDim, blockDim;
 extern uint3 blockIdx, threadIdx;
 constexpr int warpSize = 32;
 
+#define TIM_EMULATOR_INLINE static inline __attribute__((always_inline))
+
 namespace tim::emulator {
 
 enum class Shuffle { kIndex, kUp, kDown, kXor };
@@ -68,7 +74,7 @@ unsigned vote(Vote kind, unsigned mask, bool predicate);
 void read_constant(const void* p, size_t bytes);
 
 template <class T>
-T shuffle_value(Shuffle kind, unsigned mask, T value, int argument, int width) {
+TIM_EMULATOR_INLINE T shuffle_value(Shuffle kind, unsigned mask, T value, int argument, int width) {
     static_assert(sizeof(T) <= sizeof(uint64_t), "a shuffle moves at most 8 bytes");
     uint64_t bits = 0;
     memcpy(&bits, &value, sizeof(value));
@@ -77,32 +83,32 @@ T shuffle_value(Shuffle kind, unsigned mask, T value, int argument, int width) {
     return value;
 }
 
-// The block's dynamic shared memory, aligned to 16 bytes.
+// The block's dynamic shared memory, and its array that `key` stands for, aligned to 16 bytes.
 void* dynamic_shared_memory();
+void* static_shared_memory(const void* key, size_t bytes);
 
 }  // namespace tim::emulator
-
-#define TIM_EMULATOR_INLINE static inline __attribute__((always_inline))
 
 TIM_EMULATOR_INLINE void __syncthreads() { tim::emulator::sync_block(); }
 TIM_EMULATOR_INLINE void __syncwarp(unsigned mask = ~0u) { tim::emulator::sync_warp(mask); }
 
 template <class T>
-T __shfl_sync(unsigned mask, T value, int source, int width = warpSize) {
+TIM_EMULATOR_INLINE T __shfl_sync(unsigned mask, T value, int source, int width = warpSize) {
     return tim::emulator::shuffle_value(tim::emulator::Shuffle::kIndex, mask, value, source, width);
 }
 template <class T>
-T __shfl_up_sync(unsigned mask, T value, unsigned delta, int width = warpSize) {
+TIM_EMULATOR_INLINE T __shfl_up_sync(unsigned mask, T value, unsigned delta, int width = warpSize) {
     return tim::emulator::shuffle_value(tim::emulator::Shuffle::kUp, mask, value, int(delta),
                                         width);
 }
 template <class T>
-T __shfl_down_sync(unsigned mask, T value, unsigned delta, int width = warpSize) {
+TIM_EMULATOR_INLINE T __shfl_down_sync(unsigned mask, T value, unsigned delta,
+                                       int width = warpSize) {
     return tim::emulator::shuffle_value(tim::emulator::Shuffle::kDown, mask, value, int(delta),
                                         width);
 }
 template <class T>
-T __shfl_xor_sync(unsigned mask, T value, int lanes, int width = warpSize) {
+TIM_EMULATOR_INLINE T __shfl_xor_sync(unsigned mask, T value, int lanes, int width = warpSize) {
     return tim::emulator::shuffle_value(tim::emulator::Shuffle::kXor, mask, value, lanes, width);
 }
 
@@ -164,9 +170,8 @@ cudaError_t launch(const cudaLaunchConfig_t& config, const void* kernel, const v
                    void (*invoke)(const void* kernel, const void* arguments));
 cudaError_t set_attribute(const void* kernel, cudaFuncAttribute attribute, int value);
 
-// The arguments lie outside the memory that a kernel may touch, hence no checks in here.
 template <class... Parameters>
-__attribute__((no_sanitize("thread"))) void invoke(const void* kernel, const void* arguments) {
+void invoke(const void* kernel, const void* arguments) {
     const auto& tuple = *static_cast<const std::tuple<Parameters...>*>(arguments);
     std::apply(reinterpret_cast<void (*)(Parameters...)>(const_cast<void*>(kernel)), tuple);
 }

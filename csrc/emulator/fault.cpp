@@ -33,6 +33,7 @@ void handle(int signal, siginfo_t* info, void* context) {
             if (kSignals[i] == signal) sigaction(signal, &before[i], nullptr);
         return;  // to the instruction that trapped, which traps again
     }
+    const Inside inside;
     std::string what;
     if (block.current().fiber.overflows_at(info->si_addr)) {
         what = "overflows its stack of " + std::to_string(Block::kStackBytes / 1024) + " KiB";

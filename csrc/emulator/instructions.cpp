@@ -106,6 +106,7 @@ void mma_m16n8(Half type, int depth, float* d, const uint32_t* a, const uint32_t
 }
 
 void ldmatrix(int count, bool transposed, uint32_t* to, const void* row) {
+    const Inside inside;
     const void* const code = __builtin_return_address(0);
     if (block().current().number % kWarpLanes < 8 * count) check_alignment("ldmatrix", row, code);
     MatrixOperands operands{to, static_cast<const char*>(row)};
@@ -118,6 +119,7 @@ void ldmatrix(int count, bool transposed, uint32_t* to, const void* row) {
 }
 
 void cp_async(void* to, const void* from, int bytes) {
+    const Inside inside;
     const void* const code = __builtin_return_address(0);
     check_alignment("cp.async", to, code);
     check_alignment("cp.async", from, code);
@@ -128,9 +130,13 @@ void cp_async(void* to, const void* from, int bytes) {
     thread.copies.back().push_back({static_cast<char*>(to), static_cast<const char*>(from), bytes});
 }
 
-void cp_async_commit() { block().current().copies.emplace_back(); }
+void cp_async_commit() {
+    const Inside inside;
+    block().current().copies.emplace_back();
+}
 
 void cp_async_wait(int groups_left) {
+    const Inside inside;
     Thread& thread = block().current();
     // The last group is the one that has not been committed.
     while (thread.copies.size() > size_t(groups_left) + 1) {

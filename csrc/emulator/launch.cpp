@@ -74,7 +74,8 @@ cudaError_t set_attribute(const void* kernel, cudaFuncAttribute attribute, int v
 }
 
 cudaError_t launch(const cudaLaunchConfig_t& config, const void* kernel, const void* arguments,
-                   size_t, void (*invoke)(const void* kernel, const void* arguments)) {
+                   size_t argument_bytes,
+                   void (*invoke)(const void* kernel, const void* arguments)) {
     const auto found = shared_limits.find(kernel);
     const int limit = found == shared_limits.end() ? kDefaultSharedBytes : found->second;
     const std::string invalid = why_invalid(config, limit);
@@ -88,7 +89,7 @@ cudaError_t launch(const cudaLaunchConfig_t& config, const void* kernel, const v
     std::mt19937 order(device().order);
     if (device().order != 0) std::shuffle(blocks.begin(), blocks.end(), order);
     Call context{kernel, arguments, invoke};
-    block().memory().begin_launch();
+    block().memory().begin_launch(arguments, argument_bytes);
     const FaultHandler faults;
     std::string error;
     for (const uint64_t i : blocks) {

@@ -2,41 +2,23 @@
 
 #include <link.h>
 #include <stdio.h>
-#include <sys/mman.h>
 
 #include <algorithm>
-#include <cstring>
-#include <new>
 #include <string>
 
 #include "block.h"
 
-// The section that __shared__ variables are put into; it may not exist.
-extern "C" {
-extern char __start_tim_shared[] __attribute__((weak, visibility("hidden")));
-extern char __stop_tim_shared[] __attribute__((weak, visibility("hidden")));
-}
-
 namespace tim::emulator {
 namespace {
 
-constexpr size_t kGuardBytes = size_t(1) << 20;
-constexpr size_t kMaxSharedBytes = size_t(256) << 10;
-constexpr size_t kZoneBytes = kGuardBytes + kMaxSharedBytes + kGuardBytes;
 constexpr size_t kCopyBytes = 16;
-constexpr int kUnwritten = 0xff;  // a NaN, in every dtype
+constexpr size_t kNear = size_t(1) << 20;
 
 uintptr_t number(const void* p) { return reinterpret_cast<uintptr_t>(p); }
 
 bool within(const void* p, size_t bytes, uintptr_t begin, size_t length) {
     const uintptr_t offset = number(p) - begin;
     return number(p) >= begin && offset <= length && length - offset >= bytes;
-}
-
-size_t static_bytes() { return size_t(__stop_tim_shared - __start_tim_shared); }
-
-bool is_static(const void* p, size_t bytes) {
-    return within(p, bytes, number(__start_tim_shared), static_bytes());
 }
 
 std::string plural(size_t bytes) {
@@ -71,24 +53,7 @@ std::vector<std::pair<uintptr_t, size_t>> own_segments() {
 
 }  // namespace
 
-Memory::Memory() {
-    void* const zone =
-        mmap(nullptr, kZoneBytes, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-    if (zone == MAP_FAILED) throw std::bad_alloc();
-    zone_ = static_cast<char*>(zone);
-    if (mprotect(zone_ + kGuardBytes, kMaxSharedBytes, PROT_READ | PROT_WRITE) != 0)
-        throw std::bad_alloc();
-    module_ = own_segments();
-    if (kTraced) {
-        dynamic_cells_ = std::make_unique<History[]>(kMaxSharedBytes / kCellBytes);
-        static_cells_ = std::make_unique<History[]>(static_bytes() / kCellBytes + 1);
-    }
-}
-
-Memory::~Memory() {
-    if (!kTraced) delete[] shared_;
-    munmap(zone_, kZoneBytes);
-}
+Memory::Memory() : module_(own_segments()) {}
 
 void Memory::set_global(std::vector<std::pair<uintptr_t, size_t>> ranges) {
     global_.clear();
@@ -103,6 +68,11 @@ void Memory::set_global(std::vector<std::pair<uintptr_t, size_t>> ranges) {
     }
 }
 
+void Memory::begin_launch(const void* arguments, size_t bytes) {
+    time_.begin_launch();
+    arguments_ = {number(arguments), bytes};
+}
+
 void Memory::end_launch() {
     pages_.clear();
     last_page_ = nullptr;
@@ -110,22 +80,14 @@ void Memory::end_launch() {
 
 void Memory::begin_block(uint3 index, size_t shared_bytes) {
     time_.begin_block(index);
-    shared_bytes_ = shared_bytes;
-    if (kTraced) {
-        shared_ = zone_ + kGuardBytes;
-    } else {
-        // A piece of heap of just this size, so that AddressSanitizer sees what lies beyond.
-        delete[] shared_;
-        shared_ = new char[shared_bytes];
-    }
-    memset(shared_, kUnwritten, shared_bytes);
+    shared_.begin_block(shared_bytes);
 }
 
 void Memory::access(const Thread& thread, const void* p, size_t bytes, Access kind,
                     const void* code) {
     if (thread.fiber.holds(p)) return;
-    if (within(p, 1, number(zone_), kZoneBytes) || is_static(p, 1))
-        return access_shared(thread, p, bytes, kind, code);
+    if (shared_.is_near(p)) return access_shared(thread, p, bytes, kind, code);
+    if (within(p, bytes, arguments_.first, arguments_.second)) return;
     for (const auto& [begin, length] : module_)
         if (within(p, bytes, begin, length)) return;
     const Description access{thread, p, bytes, kind, false, code};
@@ -138,18 +100,18 @@ void Memory::access(const Thread& thread, const void* p, size_t bytes, Access ki
 void Memory::access_shared(const Thread& thread, const void* p, size_t bytes, Access kind,
                            const void* code) {
     const Description access{thread, p, bytes, kind, true, code};
-    const bool dynamic = within(p, bytes, number(shared_), shared_bytes_);
-    if (!dynamic && !is_static(p, bytes))
+    if (shared_.find(p, bytes) == nullptr) {
+        const SharedMemory::Piece& piece = shared_.nearest(p);
         fail(access, "out of bounds, at offset " +
-                         std::to_string(int64_t(number(p)) - int64_t(number(shared_))) +
-                         " of the " + plural(shared_bytes_) + " that the block has");
+                         std::to_string(int64_t(number(p)) - int64_t(number(piece.data))) + " of " +
+                         (piece.key == nullptr ? "the block's " : "an array of ") +
+                         plural(piece.bytes));
+    }
     if (!kTraced) return;
     if (kind == Access::kReadConstant) fail(access, "the read-only path is one of global memory");
-    const uintptr_t base = number(dynamic ? shared_ : __start_tim_shared);
-    History* const cells = (dynamic ? dynamic_cells_ : static_cells_).get();
-    const size_t offset = number(p) - base;
-    for (size_t i = offset / kCellBytes; i * kCellBytes < offset + bytes; ++i)
-        check(cells[i], access);
+    const char* const begin = static_cast<const char*>(p);
+    for (const char* at = begin - number(p) % kCellBytes; at < begin + bytes; at += kCellBytes)
+        check(shared_.cell(at), access);
 }
 
 void Memory::check_bounds(const Description& access) const {
@@ -160,10 +122,10 @@ void Memory::check_bounds(const Description& access) const {
         within(access.p, access.bytes, own->first, own->second - own->first))
         return;
     std::string where;
-    if (own != global_.end() && number(access.p) - own->second < kGuardBytes)
+    if (own != global_.end() && number(access.p) - own->second < kNear)
         where = ", " + plural(number(access.p) + access.bytes - own->second) +
                 " beyond the end of an array";
-    else if (next != global_.end() && next->first - number(access.p) < kGuardBytes)
+    else if (next != global_.end() && next->first - number(access.p) < kNear)
         where = ", " + plural(next->first - number(access.p)) + " before the start of an array";
     fail(access, "out of bounds" + where);
 }
@@ -221,26 +183,21 @@ void Memory::fail_race(const Description& access, const Moment& other) const {
          "a race with block " + to_string(time_.block_of(other.epoch)) + " of the same launch");
 }
 
-History* Memory::shared_cells(const void* p) {
-    return dynamic_cells_.get() + (number(p) - number(shared_)) / kCellBytes;
-}
-
 void Memory::begin_copy(const Thread& thread, const void* to, const void* from, int bytes,
                         const void* code) {
     if (kTraced && bytes > 0) access(thread, from, size_t(bytes), Access::kRead, code);
-    if (!within(to, kCopyBytes, number(shared_), shared_bytes_) && is_static(to, kCopyBytes))
-        block().fail("cp.async into static shared memory is not emulated", code);
     access_shared(thread, to, kCopyBytes, Access::kWrite, code);
     if (!kTraced) return;
-    for (size_t i = 0; i < kCopyBytes / kCellBytes; ++i)
-        shared_cells(to)[i].begin_copy(time_, uint32_t(thread.number));
+    for (size_t i = 0; i < kCopyBytes; i += kCellBytes)
+        shared_.cell(static_cast<const char*>(to) + i).begin_copy(time_, uint32_t(thread.number));
 }
 
 void Memory::end_copy(const Thread& thread, const void* to) {
     if (!kTraced) return;
-    for (size_t i = 0; i < kCopyBytes / kCellBytes; ++i) {
-        shared_cells(to)[i].end_copy();
-        shared_cells(to)[i].write(time_, thread);
+    for (size_t i = 0; i < kCopyBytes; i += kCellBytes) {
+        History& cell = shared_.cell(static_cast<const char*>(to) + i);
+        cell.end_copy();
+        cell.write(time_, thread);
     }
 }
 

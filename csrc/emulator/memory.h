@@ -12,34 +12,26 @@
 #include <vector>
 
 #include "history.h"
+#include "shared_memory.h"
 
 namespace tim::emulator {
-
-#ifdef __SANITIZE_ADDRESS__
-// Accesses do not call back then; AddressSanitizer watches them.
-constexpr bool kTraced = false;
-#else
-constexpr bool kTraced = true;
-#endif
 
 enum class Access { kRead, kWrite, kReadConstant };
 
 class Memory {
   public:
     Memory();
-    ~Memory();
-    Memory(const Memory&) = delete;
-    Memory& operator=(const Memory&) = delete;
 
     // The global memory that kernels may touch from now on; without any: all there is.
     void set_global(std::vector<std::pair<uintptr_t, size_t>> ranges);
 
-    void begin_launch() { time_.begin_launch(); }
+    // Of a kernel with its arguments here, which the threads read.
+    void begin_launch(const void* arguments, size_t bytes);
     void end_launch();
     // A block with so many bytes of dynamic shared memory, none of it written.
     void begin_block(uint3 index, size_t shared_bytes);
     void pass_barrier() { time_.pass_barrier(); }
-    void* dynamic_shared() { return shared_; }
+    SharedMemory& shared() { return shared_; }
 
     // Fails the launch unless `thread` may access these bytes now. `code` made the access.
     void access(const Thread& thread, const void* p, size_t bytes, Access kind, const void* code);
@@ -53,7 +45,6 @@ class Memory {
     void end_copy(const Thread& thread, const void* to);
 
   private:
-    static constexpr size_t kCellBytes = 2;  // of one history
     static constexpr size_t kPageBytes = 4096;
     struct Page {
         History cells[kPageBytes / kCellBytes];
@@ -73,18 +64,15 @@ class Memory {
     [[noreturn]] void fail(const Description& access, const std::string& why) const;
     [[noreturn]] void fail_race(const Description& access, const Moment& other) const;
     History& global_cell(uintptr_t address);
-    History* shared_cells(const void* p);
 
     Time time_;
-    char* zone_ = nullptr;    // guard, shared memory, guard
-    char* shared_ = nullptr;  // of the block that runs
-    size_t shared_bytes_ = 0;
-    std::unique_ptr<History[]> dynamic_cells_, static_cells_;
+    SharedMemory shared_;
     std::map<uintptr_t, uintptr_t> global_;  // begin, end
     std::unordered_map<uintptr_t, std::unique_ptr<Page>> pages_;
     uintptr_t last_page_number_ = 0;
     Page* last_page_ = nullptr;
     std::vector<std::pair<uintptr_t, size_t>> module_;  // its constants and variables
+    std::pair<uintptr_t, size_t> arguments_;
 };
 
 }  // namespace tim::emulator

@@ -4,6 +4,7 @@
 #include <stdint.h>
 #include <stdio.h>
 
+#include <filesystem>
 #include <map>
 
 namespace tim::emulator {
@@ -73,11 +74,12 @@ std::string short_name(std::string name) {
 }
 
 std::string short_path(const std::string& path) {
+    const std::string whole = std::filesystem::path(path).lexically_normal().string();
     for (const char* folder : {"/csrc/", "/tests/"}) {
-        const size_t at = path.rfind(folder);
-        if (at != std::string::npos) return path.substr(at + 1);
+        const size_t at = whole.rfind(folder);
+        if (at != std::string::npos) return whole.substr(at + 1);
     }
-    return path;
+    return whole;
 }
 
 }  // namespace
@@ -93,8 +95,9 @@ const std::vector<Frame>& frames(const void* code) {
 std::string describe(const void* code) {
     std::string result;
     for (const Frame& frame : frames(code)) {
-        result += (result.empty() ? "at " : ", ") + short_path(frame.file) + ":" +
-                  std::to_string(frame.line);
+        const std::string path = short_path(frame.file);
+        if (path.compare(0, 14, "csrc/emulator/") == 0) continue;
+        result += (result.empty() ? "at " : ", ") + path + ":" + std::to_string(frame.line);
     }
     return result;
 }

@@ -14,8 +14,11 @@ using namespace tim::emulator;
 
 void trace(const void* p, size_t bytes, Access kind, const void* code) {
     Block& block = tim::emulator::block();
-    // Host functions of the same sources call, too.
-    if (block.running()) block.memory().access(block.current(), p, bytes, kind, code);
+    // Host functions of the same sources call, too, and functions of the standard library, of which
+    // the linker keeps one copy for kernels and emulator.
+    if (!block.running() || Inside::now()) return;
+    const Inside inside;
+    block.memory().access(block.current(), p, bytes, kind, code);
 }
 
 }  // namespace
@@ -71,6 +74,15 @@ void* __tsan_memset(void* to, int value, size_t bytes) {
     return __builtin_memset(to, value, bytes);
 }
 
+// Atomic operations come from the standard library in host functions. They do the work, too.
+uint8_t __tsan_atomic8_load(const volatile uint8_t* p, int) {
+    return __atomic_load_n(p, __ATOMIC_SEQ_CST);
+}
+
+uint32_t __tsan_atomic32_fetch_add(volatile uint32_t* p, uint32_t value, int) {
+    return __atomic_fetch_add(p, value, __ATOMIC_SEQ_CST);
+}
+
 void __tsan_init() {}
 void __tsan_func_entry(void*) {}
 void __tsan_func_exit() {}
@@ -85,11 +97,12 @@ struct TimTypeMismatch {
     unsigned char log_alignment, kind;
 };
 
-void __ubsan_handle_type_mismatch_v1(TimTypeMismatch* what, void* p) {
+void __ubsan_handle_type_mismatch_v1(TimTypeMismatch* what, void*) {
     Block& block = tim::emulator::block();
     if (!block.running()) return;
-    block.fail("misaligned access: the address " + std::to_string(reinterpret_cast<uintptr_t>(p)) +
-                   " is no multiple of " + std::to_string(1u << what->log_alignment),
+    const Inside inside;
+    block.fail("accesses memory at an address that is no multiple of " +
+                   std::to_string(1u << what->log_alignment),
                __builtin_return_address(0));
 }
 
@@ -103,7 +116,12 @@ void __ubsan_handle_type_mismatch_v1_abort(TimTypeMismatch* what, void* p) {
 
 namespace tim::emulator {
 
-void* dynamic_shared_memory() { return block().memory().dynamic_shared(); }
+void* dynamic_shared_memory() { return block().memory().shared().dynamic(); }
+
+void* static_shared_memory(const void* key, size_t bytes) {
+    const Inside inside;
+    return block().memory().shared().array(key, bytes);
+}
 
 void read_constant(const void* p, size_t bytes) {
     if (kTraced) trace(p, bytes, Access::kReadConstant, __builtin_return_address(0));

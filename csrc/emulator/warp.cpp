@@ -92,11 +92,13 @@ void evaluate_sync(const Warp& warp, unsigned mask) {
 }  // namespace
 
 void sync_warp(unsigned mask) {
+    const Inside inside;
     block().meet(
         {"__syncwarp", mask, warpSize, nullptr, evaluate_sync, __builtin_return_address(0)});
 }
 
 uint64_t shuffle(Shuffle kind, unsigned mask, uint64_t value, int argument, int width) {
+    const Inside inside;
     const char* const name = kShuffleNames[int(kind)];
     if (width < 1 || width > kWarpLanes || (width & (width - 1)) != 0)
         block().fail("calls " + std::string(name) +

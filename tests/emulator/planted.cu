@@ -1,0 +1,255 @@
+// Small kernels with a fault each, and the same kernels without it, for the tests of the emulator.
+//
+// Each writes to `out`, of as many floats as threads, what the healthy version has of `in`.
+#include <stdexcept>
+#include <string>
+
+#include "bindings.h"
+#include "controls.h"
+#include "cuda/mma.cuh"
+
+namespace tim::cuda {
+
+// As csrc/cuda/kernels.cu has them, which is not linked here.
+void fail(const Call& call, cudaError_t error) {
+    throw std::runtime_error(std::string(call.op) + ": " + cudaGetErrorString(error));
+}
+
+void refuse_dtype(int dtype) { throw std::invalid_argument(std::to_string(dtype)); }
+
+namespace {
+
+constexpr int kThreads = 64;
+
+// Each thread hands its value to the next one through shared memory, around the block.
+enum class Pass { kHealthy, kNoBarrier, kUnwritten, kOutOfBounds, kWarpBarrier };
+
+template <Pass fault>
+__global__ void pass_on(const float* in, float* out) {
+    const int i = threadIdx.x;
+    float* const slots = shared_memory();
+    const int to = (i + 1) % kThreads + (fault == Pass::kOutOfBounds);
+    if (fault != Pass::kUnwritten || i != 5) slots[to] = load_global(in + i);
+    if (fault == Pass::kWarpBarrier) {
+        __syncwarp();
+    } else if (fault != Pass::kNoBarrier) {
+        barrier();
+    }
+    out[i] = slots[i];
+}
+
+// Sums over groups of 16 lanes.
+enum class Sum { kHealthy, kWidth, kNoPower, kLanesDiffer, kLaneMissing };
+
+template <Sum fault>
+__global__ void group_sum(const float* in, float* out) {
+    const int i = threadIdx.x;
+    float value = in[i];
+    const int width = fault == Sum::kWidth                       ? 32
+                      : fault == Sum::kNoPower                   ? 24
+                      : fault == Sum::kLanesDiffer && i % 2 == 0 ? 8
+                                                                 : 16;
+    if (fault == Sum::kLaneMissing && i == 7) return;
+    for (int delta = 8; delta > 0; delta /= 2)
+        value += __shfl_down_sync(0xffffffffu, value, delta, width);
+    out[i] = __shfl_sync(0xffffffffu, value, 0, width);
+}
+
+// Reverses the array through its neighbours in global memory.
+enum class Reverse { kHealthy, kBeyondEnd, kBeforeStart, kMisaligned, kRace, kReadOnly };
+
+template <Reverse fault>
+__global__ void reverse(const float* in, float* out) {
+    const int i = blockIdx.x * blockDim.x + threadIdx.x, n = gridDim.x * blockDim.x;
+    if (fault == Reverse::kMisaligned && i == 3) {
+        *reinterpret_cast<float2*>(out + i) = float2{0, 0};
+        return;
+    }
+    if (fault == Reverse::kReadOnly) {
+        out[i] = in[n - 1 - i];
+        barrier();
+        out[i] = load_global(out + i);
+        return;
+    }
+    const int from = fault == Reverse::kBeyondEnd     ? n - i
+                     : fault == Reverse::kBeforeStart ? n - 2 - i
+                                                      : n - 1 - i;
+    out[fault == Reverse::kRace ? threadIdx.x : i] = in[from];
+}
+
+// Barriers that not all threads reach, or not the same one.
+enum class Meet { kHealthy, kEarlyExit, kBranch, kOneMore };
+
+template <Meet fault>
+__global__ void meet(const float* in, float* out) {
+    const int i = threadIdx.x;
+    if (fault == Meet::kEarlyExit && i == 40) return;
+    if (fault == Meet::kBranch && i < 32) {
+        barrier();
+    } else {
+        out[i] = in[i];
+        barrier();
+    }
+    if (fault == Meet::kOneMore && i == 63) barrier();
+    if (fault == Meet::kBranch) return;
+    out[i] = in[i];
+}
+
+// Static shared memory, written by one thread.
+enum class Static { kHealthy, kNoBarrier, kOutOfBounds };
+
+template <Static fault>
+__global__ void broadcast(const float* in, float* out) {
+    float* const value = shared_array<Static, float, 1>();
+    if (threadIdx.x == 9) value[fault == Static::kOutOfBounds] = in[9];
+    if (fault != Static::kNoBarrier) barrier();
+    out[threadIdx.x] = value[0];
+}
+
+// Two tiles by asynchronous copies, the second on its way while the first is read.
+enum class Copy { kHealthy, kNoWait, kNoBarrier, kNotCommitted, kMisaligned, kOverwrite, kEnds };
+
+template <Copy fault>
+__global__ void copy_tiles(const float* in, float* out) {
+    const int i = threadIdx.x;
+    float* const tiles = shared_memory();  // [2, 4 kThreads]
+    float* const own = tiles + 4 * i + (fault == Copy::kMisaligned);
+    copy_async(own, in + i / 4 * 4);
+    if (fault != Copy::kNotCommitted) commit_copies();
+    copy_async(own + 4 * kThreads, in + i / 4 * 4, 8);
+    commit_copies();
+    if (fault != Copy::kNoWait) wait_for_copies<1>();
+    if (fault != Copy::kNoBarrier) barrier();
+    const float first = tiles[4 * (i ^ 1) + i % 4];
+    if (fault == Copy::kOverwrite) {
+        copy_async(tiles + 4 * i, in);
+        commit_copies();
+    }
+    if (fault != Copy::kEnds) wait_for_copies<0>();
+    barrier();
+    // Of the second copy, only two values were read; the others are zeros.
+    out[i] = fault == Copy::kEnds ? first : first + tiles[4 * kThreads + 4 * i + i % 4];
+}
+
+__global__ void overflow(const float* in, float* out) {
+    volatile float deep[1 << 16];
+    for (int i = 0; i < 1 << 16; ++i) deep[i] = in[threadIdx.x];
+    out[threadIdx.x] = deep[threadIdx.x];
+}
+
+__global__ void divide(const float* in, float* out) {
+    const int zero = int(in[threadIdx.x] * 0.0f);
+    out[threadIdx.x] = float(7 / zero);
+}
+
+// The product of row-major A [16, 16 k] and B [16 k, 8], and of A and a transposed B [8, 16 k], by
+// tiles that pass through shared memory.
+template <class T, bool transposed, int depth>
+__global__ void multiply(const T* a, const T* b, float* out, int steps) {
+    T* const as = reinterpret_cast<T*>(shared_memory());  // [16, depth]
+    T* const bs = as + 16 * depth;                        // [depth, 8] or [8, depth]
+    const int columns = steps * depth;
+    float d[4] = {};
+    for (int step = 0; step < steps; ++step) {
+        for (int i = lane(); i < 2 * depth; i += kWarp) {
+            const int row = i / (depth / 8), column = i % (depth / 8) * 8;
+            copy_async(as + row * depth + column, a + row * columns + step * depth + column);
+        }
+        for (int i = lane(); i < depth; i += kWarp) {
+            const int row = transposed ? i / (depth / 8) : i;
+            const int column = transposed ? i % (depth / 8) * 8 : 0;
+            copy_async(bs + row * (transposed ? depth : 8) + column,
+                       transposed ? b + row * columns + step * depth + column
+                                  : b + (step * depth + row) * 8);
+        }
+        commit_copies();
+        wait_for_copies<0>();
+        barrier();
+        uint32_t a_tiles[depth / 4], b_tiles[depth / 8];
+        const int row = lane() % 8, tile = lane() / 8;
+        load_tiles(a_tiles, as + (row + tile % 2 * 8) * depth + (depth == 16 ? tile / 2 * 8 : 0));
+        if (transposed) {
+            load_tiles(b_tiles, bs + row * depth + (depth == 16 ? tile % 2 * 8 : 0));
+        } else {
+            load_tiles_transposed(b_tiles, bs + lane() % depth * 8);
+        }
+        if constexpr (depth == 16) {
+            mma_m16n8k16<T>(d, a_tiles, b_tiles);
+        } else {
+            mma_m16n8k8<T>(d, a_tiles, b_tiles);
+        }
+        barrier();  // the tiles are written again
+    }
+    for (int i = 0; i < 4; ++i) out[(lane() / 4 + i / 2 * 8) * 8 + lane() % 4 * 2 + i % 2] = d[i];
+}
+
+const float* input(uintptr_t p) { return reinterpret_cast<const float*>(p); }
+
+float* output(uintptr_t p) { return reinterpret_cast<float*>(p); }
+
+using Kernel = void (*)(const float*, float*);
+
+void define(py::module_& m, const char* name, Kernel kernel, unsigned blocks, size_t shared) {
+    m.def(name, [=](uintptr_t in, uintptr_t out) {
+        launch(Call{name, {}, nullptr}, kernel, dim3(blocks), kThreads, shared, input(in),
+               output(out));
+    });
+}
+
+template <class T, int depth>
+void multiply_any(uintptr_t a, uintptr_t b, uintptr_t out, int steps, bool transposed) {
+    launch(Call{"multiply", {}, nullptr},
+           transposed ? multiply<T, true, depth> : multiply<T, false, depth>, dim3(1), kWarp,
+           24 * depth * sizeof(T), reinterpret_cast<const T*>(a), reinterpret_cast<const T*>(b),
+           output(out), steps);
+}
+
+}  // namespace
+}  // namespace tim::cuda
+
+PYBIND11_MODULE(tim_planted, m) {
+    using namespace tim::cuda;
+    tim::emulator::define_controls(m);
+    constexpr size_t kSlots = kThreads * sizeof(float);
+    define(m, "pass_on", pass_on<Pass::kHealthy>, 1, kSlots);
+    define(m, "pass_on_no_barrier", pass_on<Pass::kNoBarrier>, 1, kSlots);
+    define(m, "pass_on_unwritten", pass_on<Pass::kUnwritten>, 1, kSlots);
+    define(m, "pass_on_out_of_bounds", pass_on<Pass::kOutOfBounds>, 1, kSlots);
+    define(m, "pass_on_warp_barrier", pass_on<Pass::kWarpBarrier>, 1, kSlots);
+    define(m, "group_sum", group_sum<Sum::kHealthy>, 1, 0);
+    define(m, "group_sum_width", group_sum<Sum::kWidth>, 1, 0);
+    define(m, "group_sum_no_power", group_sum<Sum::kNoPower>, 1, 0);
+    define(m, "group_sum_lanes_differ", group_sum<Sum::kLanesDiffer>, 1, 0);
+    define(m, "group_sum_lane_missing", group_sum<Sum::kLaneMissing>, 1, 0);
+    define(m, "reverse", reverse<Reverse::kHealthy>, 3, 0);
+    define(m, "reverse_beyond_end", reverse<Reverse::kBeyondEnd>, 3, 0);
+    define(m, "reverse_before_start", reverse<Reverse::kBeforeStart>, 3, 0);
+    define(m, "reverse_misaligned", reverse<Reverse::kMisaligned>, 3, 0);
+    define(m, "reverse_race", reverse<Reverse::kRace>, 3, 0);
+    define(m, "reverse_read_only", reverse<Reverse::kReadOnly>, 3, 0);
+    define(m, "meet", meet<Meet::kHealthy>, 1, 0);
+    define(m, "meet_early_exit", meet<Meet::kEarlyExit>, 1, 0);
+    define(m, "meet_branch", meet<Meet::kBranch>, 1, 0);
+    define(m, "meet_one_more", meet<Meet::kOneMore>, 1, 0);
+    define(m, "broadcast", broadcast<Static::kHealthy>, 1, 0);
+    define(m, "broadcast_no_barrier", broadcast<Static::kNoBarrier>, 1, 0);
+    define(m, "broadcast_out_of_bounds", broadcast<Static::kOutOfBounds>, 1, 0);
+    constexpr size_t kTiles = 8 * kSlots + 16;
+    define(m, "copy", copy_tiles<Copy::kHealthy>, 1, kTiles);
+    define(m, "copy_no_wait", copy_tiles<Copy::kNoWait>, 1, kTiles);
+    define(m, "copy_no_barrier", copy_tiles<Copy::kNoBarrier>, 1, kTiles);
+    define(m, "copy_not_committed", copy_tiles<Copy::kNotCommitted>, 1, kTiles);
+    define(m, "copy_misaligned", copy_tiles<Copy::kMisaligned>, 1, kTiles);
+    define(m, "copy_overwrite", copy_tiles<Copy::kOverwrite>, 1, kTiles);
+    define(m, "copy_ends", copy_tiles<Copy::kEnds>, 1, kTiles);
+    define(m, "overflow", overflow, 1, 0);
+    define(m, "divide", divide, 1, 0);
+    m.def("multiply", [](uintptr_t a, uintptr_t b, uintptr_t out, int steps, int depth, int dtype,
+                         bool transposed) {
+        const bool bfloat16 = dtype == tim::kBFloat16;
+        const auto run = depth == 16
+                             ? (bfloat16 ? multiply_any<BFloat16, 16> : multiply_any<Float16, 16>)
+                             : (bfloat16 ? multiply_any<BFloat16, 8> : multiply_any<Float16, 8>);
+        run(a, b, out, steps, transposed);
+    });
+}
