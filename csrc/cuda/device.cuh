@@ -84,7 +84,10 @@ struct Call {
 [[noreturn]] void fail(const Call& call, cudaError_t error);
 
 inline void check(const Call& call, cudaError_t error) {
-    if (error != cudaSuccess) fail(call, error);
+    if (error == cudaSuccess) return;
+    cudaGetLastError();  // clears it, so that the next check of the process does not report it
+                         // again
+    fail(call, error);
 }
 
 template <class... Parameters, class... Arguments>
@@ -96,7 +99,6 @@ void launch(const Call& call, void (*kernel)(Parameters...), dim3 grid, dim3 blo
     config.dynamicSmemBytes = shared_bytes;
     config.stream = call.stream;
     cudaLaunchKernelEx(&config, kernel, Parameters(arguments)...);
-    // Also clears the error, so that the next CUDA call of the process does not report it again.
     check(call, cudaGetLastError());
 }
 
