@@ -12,7 +12,6 @@ namespace tim::emulator {
 namespace {
 
 constexpr size_t kCopyBytes = 16;
-constexpr size_t kNear = size_t(1) << 20;
 
 uintptr_t number(const void* p) { return reinterpret_cast<uintptr_t>(p); }
 
@@ -121,12 +120,14 @@ void Memory::check_bounds(const Description& access) const {
     if (own != global_.end() &&
         within(access.p, access.bytes, own->first, own->second - own->first))
         return;
+    constexpr uintptr_t kFar = uintptr_t(1) << 20;
+    const uintptr_t beyond = own == global_.end() ? kFar : number(access.p) - own->second;
+    const uintptr_t before = next == global_.end() ? kFar : next->first - number(access.p);
     std::string where;
-    if (own != global_.end() && number(access.p) - own->second < kNear)
-        where = ", " + plural(number(access.p) + access.bytes - own->second) +
-                " beyond the end of an array";
-    else if (next != global_.end() && next->first - number(access.p) < kNear)
-        where = ", " + plural(next->first - number(access.p)) + " before the start of an array";
+    if (beyond < kFar && beyond <= before)
+        where = ", " + plural(beyond + access.bytes) + " beyond the end of an array";
+    else if (before < kFar)
+        where = ", " + plural(before) + " before the start of an array";
     fail(access, "out of bounds" + where);
 }
 

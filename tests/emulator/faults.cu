@@ -1,22 +1,9 @@
 // Small kernels with a fault each, and the same kernels without it, for the tests of the emulator.
 //
 // Each writes to `out`, of as many floats as threads, what the healthy version has of `in`.
-#include <stdexcept>
-#include <string>
-
-#include "bindings.h"
-#include "controls.h"
-#include "cuda/mma.cuh"
+#include "kernels.h"
 
 namespace tim::cuda {
-
-// As csrc/cuda/kernels.cu has them, which is not linked here.
-void fail(const Call& call, cudaError_t error) {
-    throw std::runtime_error(std::string(call.op) + ": " + cudaGetErrorString(error));
-}
-
-void refuse_dtype(int dtype) { throw std::invalid_argument(std::to_string(dtype)); }
-
 namespace {
 
 constexpr int kThreads = 64;
@@ -39,7 +26,7 @@ __global__ void pass_on(const float* in, float* out) {
 }
 
 // Sums over groups of 16 lanes.
-enum class Sum { kHealthy, kWidth, kNoPower, kLanesDiffer, kLaneMissing };
+enum class Sum { kHealthy, kWidth, kNoPower, kLanesDiffer, kLaneMissing, kOutsideMask, kOtherMask };
 
 template <Sum fault>
 __global__ void group_sum(const float* in, float* out) {
@@ -50,6 +37,14 @@ __global__ void group_sum(const float* in, float* out) {
                       : fault == Sum::kLanesDiffer && i % 2 == 0 ? 8
                                                                  : 16;
     if (fault == Sum::kLaneMissing && i == 7) return;
+    if (fault == Sum::kOutsideMask) {
+        if (i % 32 < 8) value += __shfl_down_sync(0xffu, value, 1, width);
+        return;
+    }
+    if (fault == Sum::kOtherMask) {
+        value += __shfl_xor_sync(i % 32 < 8 ? 0xffu : 0xffff00ffu, value, 1, width);
+        return;
+    }
     for (int delta = 8; delta > 0; delta /= 2)
         value += __shfl_down_sync(0xffffffffu, value, delta, width);
     out[i] = __shfl_sync(0xffffffffu, value, 0, width);
@@ -142,74 +137,19 @@ __global__ void divide(const float* in, float* out) {
     out[threadIdx.x] = float(7 / zero);
 }
 
-// The product of row-major A [16, 16 k] and B [16 k, 8], and of A and a transposed B [8, 16 k], by
-// tiles that pass through shared memory.
-template <class T, bool transposed, int depth>
-__global__ void multiply(const T* a, const T* b, float* out, int steps) {
-    T* const as = reinterpret_cast<T*>(shared_memory());  // [16, depth]
-    T* const bs = as + 16 * depth;                        // [depth, 8] or [8, depth]
-    const int columns = steps * depth;
-    float d[4] = {};
-    for (int step = 0; step < steps; ++step) {
-        for (int i = lane(); i < 2 * depth; i += kWarp) {
-            const int row = i / (depth / 8), column = i % (depth / 8) * 8;
-            copy_async(as + row * depth + column, a + row * columns + step * depth + column);
-        }
-        for (int i = lane(); i < depth; i += kWarp) {
-            const int row = transposed ? i / (depth / 8) : i;
-            const int column = transposed ? i % (depth / 8) * 8 : 0;
-            copy_async(bs + row * (transposed ? depth : 8) + column,
-                       transposed ? b + row * columns + step * depth + column
-                                  : b + (step * depth + row) * 8);
-        }
-        commit_copies();
-        wait_for_copies<0>();
-        barrier();
-        uint32_t a_tiles[depth / 4], b_tiles[depth / 8];
-        const int row = lane() % 8, tile = lane() / 8;
-        load_tiles(a_tiles, as + (row + tile % 2 * 8) * depth + (depth == 16 ? tile / 2 * 8 : 0));
-        if (transposed) {
-            load_tiles(b_tiles, bs + row * depth + (depth == 16 ? tile % 2 * 8 : 0));
-        } else {
-            load_tiles_transposed(b_tiles, bs + lane() % depth * 8);
-        }
-        if constexpr (depth == 16) {
-            mma_m16n8k16<T>(d, a_tiles, b_tiles);
-        } else {
-            mma_m16n8k8<T>(d, a_tiles, b_tiles);
-        }
-        barrier();  // the tiles are written again
-    }
-    for (int i = 0; i < 4; ++i) out[(lane() / 4 + i / 2 * 8) * 8 + lane() % 4 * 2 + i % 2] = d[i];
-}
-
-const float* input(uintptr_t p) { return reinterpret_cast<const float*>(p); }
-
-float* output(uintptr_t p) { return reinterpret_cast<float*>(p); }
-
 using Kernel = void (*)(const float*, float*);
 
-void define(py::module_& m, const char* name, Kernel kernel, unsigned blocks, size_t shared) {
+void define(py::module_& m, const char* name, Kernel kernel, unsigned blocks, size_t shared,
+            unsigned threads = kThreads) {
     m.def(name, [=](uintptr_t in, uintptr_t out) {
-        launch(Call{name, {}, nullptr}, kernel, dim3(blocks), kThreads, shared, input(in),
-               output(out));
+        launch(Call{name, {}, nullptr}, kernel, dim3(blocks), threads, shared,
+               pointer<const float>(in), pointer<float>(out));
     });
 }
 
-template <class T, int depth>
-void multiply_any(uintptr_t a, uintptr_t b, uintptr_t out, int steps, bool transposed) {
-    launch(Call{"multiply", {}, nullptr},
-           transposed ? multiply<T, true, depth> : multiply<T, false, depth>, dim3(1), kWarp,
-           24 * depth * sizeof(T), reinterpret_cast<const T*>(a), reinterpret_cast<const T*>(b),
-           output(out), steps);
-}
-
 }  // namespace
-}  // namespace tim::cuda
 
-PYBIND11_MODULE(tim_planted, m) {
-    using namespace tim::cuda;
-    tim::emulator::define_controls(m);
+void define_faults(py::module_& m) {
     constexpr size_t kSlots = kThreads * sizeof(float);
     define(m, "pass_on", pass_on<Pass::kHealthy>, 1, kSlots);
     define(m, "pass_on_no_barrier", pass_on<Pass::kNoBarrier>, 1, kSlots);
@@ -221,6 +161,8 @@ PYBIND11_MODULE(tim_planted, m) {
     define(m, "group_sum_no_power", group_sum<Sum::kNoPower>, 1, 0);
     define(m, "group_sum_lanes_differ", group_sum<Sum::kLanesDiffer>, 1, 0);
     define(m, "group_sum_lane_missing", group_sum<Sum::kLaneMissing>, 1, 0);
+    define(m, "group_sum_outside_mask", group_sum<Sum::kOutsideMask>, 1, 0);
+    define(m, "group_sum_other_mask", group_sum<Sum::kOtherMask>, 1, 0);
     define(m, "reverse", reverse<Reverse::kHealthy>, 3, 0);
     define(m, "reverse_beyond_end", reverse<Reverse::kBeyondEnd>, 3, 0);
     define(m, "reverse_before_start", reverse<Reverse::kBeforeStart>, 3, 0);
@@ -244,12 +186,14 @@ PYBIND11_MODULE(tim_planted, m) {
     define(m, "copy_ends", copy_tiles<Copy::kEnds>, 1, kTiles);
     define(m, "overflow", overflow, 1, 0);
     define(m, "divide", divide, 1, 0);
-    m.def("multiply", [](uintptr_t a, uintptr_t b, uintptr_t out, int steps, int depth, int dtype,
-                         bool transposed) {
-        const bool bfloat16 = dtype == tim::kBFloat16;
-        const auto run = depth == 16
-                             ? (bfloat16 ? multiply_any<BFloat16, 16> : multiply_any<Float16, 16>)
-                             : (bfloat16 ? multiply_any<BFloat16, 8> : multiply_any<Float16, 8>);
-        run(a, b, out, steps, transposed);
+    define(m, "too_many_threads", meet<Meet::kHealthy>, 1, 0, 1056);
+    define(m, "no_blocks", meet<Meet::kHealthy>, 0, 0);
+    define(m, "too_much_shared_memory", pass_on<Pass::kHealthy>, 1, 48 * 1024 + 4);
+    m.def("limit_shared_memory", [](int bytes) {
+        const cudaError_t error = cudaFuncSetAttribute(
+            pass_on<Pass::kHealthy>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+        check(Call{"limit_shared_memory", {}, nullptr}, error);
     });
 }
+
+}  // namespace tim::cuda
