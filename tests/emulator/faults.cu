@@ -137,63 +137,56 @@ __global__ void divide(const float* in, float* out) {
     out[threadIdx.x] = float(7 / zero);
 }
 
-using Kernel = void (*)(const float*, float*);
-
-void define(py::module_& m, const char* name, Kernel kernel, unsigned blocks, size_t shared,
-            unsigned threads = kThreads) {
-    m.def(name, [=](uintptr_t in, uintptr_t out) {
-        launch(Call{name, {}, nullptr}, kernel, dim3(blocks), threads, shared,
-               pointer<const float>(in), pointer<float>(out));
-    });
-}
-
 }  // namespace
 
-void define_faults(py::module_& m) {
-    constexpr size_t kSlots = kThreads * sizeof(float);
-    define(m, "pass_on", pass_on<Pass::kHealthy>, 1, kSlots);
-    define(m, "pass_on_no_barrier", pass_on<Pass::kNoBarrier>, 1, kSlots);
-    define(m, "pass_on_unwritten", pass_on<Pass::kUnwritten>, 1, kSlots);
-    define(m, "pass_on_out_of_bounds", pass_on<Pass::kOutOfBounds>, 1, kSlots);
-    define(m, "pass_on_warp_barrier", pass_on<Pass::kWarpBarrier>, 1, kSlots);
-    define(m, "group_sum", group_sum<Sum::kHealthy>, 1, 0);
-    define(m, "group_sum_width", group_sum<Sum::kWidth>, 1, 0);
-    define(m, "group_sum_no_power", group_sum<Sum::kNoPower>, 1, 0);
-    define(m, "group_sum_lanes_differ", group_sum<Sum::kLanesDiffer>, 1, 0);
-    define(m, "group_sum_lane_missing", group_sum<Sum::kLaneMissing>, 1, 0);
-    define(m, "group_sum_outside_mask", group_sum<Sum::kOutsideMask>, 1, 0);
-    define(m, "group_sum_other_mask", group_sum<Sum::kOtherMask>, 1, 0);
-    define(m, "reverse", reverse<Reverse::kHealthy>, 3, 0);
-    define(m, "reverse_beyond_end", reverse<Reverse::kBeyondEnd>, 3, 0);
-    define(m, "reverse_before_start", reverse<Reverse::kBeforeStart>, 3, 0);
-    define(m, "reverse_misaligned", reverse<Reverse::kMisaligned>, 3, 0);
-    define(m, "reverse_race", reverse<Reverse::kRace>, 3, 0);
-    define(m, "reverse_read_only", reverse<Reverse::kReadOnly>, 3, 0);
-    define(m, "meet", meet<Meet::kHealthy>, 1, 0);
-    define(m, "meet_early_exit", meet<Meet::kEarlyExit>, 1, 0);
-    define(m, "meet_branch", meet<Meet::kBranch>, 1, 0);
-    define(m, "meet_one_more", meet<Meet::kOneMore>, 1, 0);
-    define(m, "broadcast", broadcast<Static::kHealthy>, 1, 0);
-    define(m, "broadcast_no_barrier", broadcast<Static::kNoBarrier>, 1, 0);
-    define(m, "broadcast_out_of_bounds", broadcast<Static::kOutOfBounds>, 1, 0);
-    constexpr size_t kTiles = 8 * kSlots + 16;
-    define(m, "copy", copy_tiles<Copy::kHealthy>, 1, kTiles);
-    define(m, "copy_no_wait", copy_tiles<Copy::kNoWait>, 1, kTiles);
-    define(m, "copy_no_barrier", copy_tiles<Copy::kNoBarrier>, 1, kTiles);
-    define(m, "copy_not_committed", copy_tiles<Copy::kNotCommitted>, 1, kTiles);
-    define(m, "copy_misaligned", copy_tiles<Copy::kMisaligned>, 1, kTiles);
-    define(m, "copy_overwrite", copy_tiles<Copy::kOverwrite>, 1, kTiles);
-    define(m, "copy_ends", copy_tiles<Copy::kEnds>, 1, kTiles);
-    define(m, "overflow", overflow, 1, 0);
-    define(m, "divide", divide, 1, 0);
-    define(m, "too_many_threads", meet<Meet::kHealthy>, 1, 0, 1056);
-    define(m, "no_blocks", meet<Meet::kHealthy>, 0, 0);
-    define(m, "too_much_shared_memory", pass_on<Pass::kHealthy>, 1, 48 * 1024 + 4);
-    m.def("limit_shared_memory", [](int bytes) {
-        const cudaError_t error = cudaFuncSetAttribute(
-            pass_on<Pass::kHealthy>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
-        check(Call{"limit_shared_memory", {}, nullptr}, error);
-    });
+const std::vector<TestKernel>& faults() {
+    constexpr size_t kSlots = kThreads * sizeof(float), kTiles = 8 * kSlots + 16;
+    static const std::vector<TestKernel> kernels = {
+        {"pass_on", pass_on<Pass::kHealthy>, 1, kThreads, kSlots},
+        {"pass_on_no_barrier", pass_on<Pass::kNoBarrier>, 1, kThreads, kSlots},
+        {"pass_on_unwritten", pass_on<Pass::kUnwritten>, 1, kThreads, kSlots},
+        {"pass_on_out_of_bounds", pass_on<Pass::kOutOfBounds>, 1, kThreads, kSlots},
+        {"pass_on_warp_barrier", pass_on<Pass::kWarpBarrier>, 1, kThreads, kSlots},
+        {"group_sum", group_sum<Sum::kHealthy>, 1, kThreads, 0},
+        {"group_sum_width", group_sum<Sum::kWidth>, 1, kThreads, 0},
+        {"group_sum_no_power", group_sum<Sum::kNoPower>, 1, kThreads, 0},
+        {"group_sum_lanes_differ", group_sum<Sum::kLanesDiffer>, 1, kThreads, 0},
+        {"group_sum_lane_missing", group_sum<Sum::kLaneMissing>, 1, kThreads, 0},
+        {"group_sum_outside_mask", group_sum<Sum::kOutsideMask>, 1, kThreads, 0},
+        {"group_sum_other_mask", group_sum<Sum::kOtherMask>, 1, kThreads, 0},
+        {"reverse", reverse<Reverse::kHealthy>, 3, kThreads, 0},
+        {"reverse_beyond_end", reverse<Reverse::kBeyondEnd>, 3, kThreads, 0},
+        {"reverse_before_start", reverse<Reverse::kBeforeStart>, 3, kThreads, 0},
+        {"reverse_misaligned", reverse<Reverse::kMisaligned>, 3, kThreads, 0},
+        {"reverse_race", reverse<Reverse::kRace>, 3, kThreads, 0},
+        {"reverse_read_only", reverse<Reverse::kReadOnly>, 3, kThreads, 0},
+        {"meet", meet<Meet::kHealthy>, 1, kThreads, 0},
+        {"meet_early_exit", meet<Meet::kEarlyExit>, 1, kThreads, 0},
+        {"meet_branch", meet<Meet::kBranch>, 1, kThreads, 0},
+        {"meet_one_more", meet<Meet::kOneMore>, 1, kThreads, 0},
+        {"broadcast", broadcast<Static::kHealthy>, 1, kThreads, 0},
+        {"broadcast_no_barrier", broadcast<Static::kNoBarrier>, 1, kThreads, 0},
+        {"broadcast_out_of_bounds", broadcast<Static::kOutOfBounds>, 1, kThreads, 0},
+        {"copy", copy_tiles<Copy::kHealthy>, 1, kThreads, kTiles},
+        {"copy_no_wait", copy_tiles<Copy::kNoWait>, 1, kThreads, kTiles},
+        {"copy_no_barrier", copy_tiles<Copy::kNoBarrier>, 1, kThreads, kTiles},
+        {"copy_not_committed", copy_tiles<Copy::kNotCommitted>, 1, kThreads, kTiles},
+        {"copy_misaligned", copy_tiles<Copy::kMisaligned>, 1, kThreads, kTiles},
+        {"copy_overwrite", copy_tiles<Copy::kOverwrite>, 1, kThreads, kTiles},
+        {"copy_ends", copy_tiles<Copy::kEnds>, 1, kThreads, kTiles},
+        {"overflow", overflow, 1, kThreads, 0},
+        {"divide", divide, 1, kThreads, 0},
+        {"too_many_threads", meet<Meet::kHealthy>, 1, 1056, 0},
+        {"no_blocks", meet<Meet::kHealthy>, 0, kThreads, 0},
+        {"too_much_shared_memory", pass_on<Pass::kHealthy>, 1, kThreads, 48 * 1024 + 4},
+    };
+    return kernels;
+}
+
+void limit_shared_memory(int bytes) {
+    const cudaError_t error = cudaFuncSetAttribute(
+        pass_on<Pass::kHealthy>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+    check(Call{"limit_shared_memory", {}, nullptr}, error);
 }
 
 }  // namespace tim::cuda

@@ -8,7 +8,7 @@ namespace {
 // The product of A [16, depth steps] and B [depth steps, 8], or its transpose, through tiles in
 // shared memory.
 template <class T, bool transposed, int depth>
-__global__ void multiply(const T* a, const T* b, float* out, int steps) {
+__global__ void multiply_tiles(const T* a, const T* b, float* out, int steps) {
     T* const as = reinterpret_cast<T*>(shared_memory());  // [16, depth]
     T* const bs = as + 16 * depth;                        // [depth, 8] or [8, depth]
     const int columns = steps * depth;
@@ -80,40 +80,38 @@ __global__ void load_registers(const uint16_t* in, uint32_t* out) {
 }
 
 template <class T, int depth>
-void launch_products(uintptr_t a, uintptr_t b, uintptr_t out, int steps, bool transposed) {
+void launch_products(const void* a, const void* b, float* out, int steps, bool transposed) {
     const Call call{"multiply", {}, nullptr};
     if (steps > 0) {
-        launch(call, transposed ? multiply<T, true, depth> : multiply<T, false, depth>, dim3(1),
-               kWarp, 24 * depth * sizeof(T), pointer<const T>(a), pointer<const T>(b),
-               pointer<float>(out), steps);
+        launch(call, transposed ? multiply_tiles<T, true, depth> : multiply_tiles<T, false, depth>,
+               dim3(1), kWarp, 24 * depth * sizeof(T), array<T>(a), array<T>(b), out, steps);
     } else {
-        launch(call, multiply_registers<T, depth>, dim3(1), kWarp, 0, pointer<const uint32_t>(a),
-               pointer<const uint32_t>(b), pointer<float>(out));
+        launch(call, multiply_registers<T, depth>, dim3(1), kWarp, 0, array<uint32_t>(a),
+               array<uint32_t>(b), out);
     }
 }
 
 template <int tiles>
-void launch_load(uintptr_t in, uintptr_t out, bool transposed) {
+void launch_load(const void* in, void* out, bool transposed) {
     launch(Call{"load", {}, nullptr},
            transposed ? load_registers<tiles, true> : load_registers<tiles, false>, dim3(1), kWarp,
-           tiles * 64 * sizeof(uint16_t), pointer<const uint16_t>(in), pointer<uint32_t>(out));
+           tiles * 64 * sizeof(uint16_t), array<uint16_t>(in), array<uint32_t>(out));
 }
 
 }  // namespace
 
-void define_instructions(py::module_& m) {
-    m.def("multiply", [](uintptr_t a, uintptr_t b, uintptr_t out, int steps, int depth, int dtype,
-                         bool transposed) {
-        const bool deep = depth == 16;
-        const auto run = dtype == kBFloat16
-                             ? (deep ? launch_products<BFloat16, 16> : launch_products<BFloat16, 8>)
-                             : (deep ? launch_products<Float16, 16> : launch_products<Float16, 8>);
-        run(a, b, out, steps, transposed);
-    });
-    m.def("load", [](uintptr_t in, uintptr_t out, int tiles, bool transposed) {
-        const auto run = tiles == 1 ? launch_load<1> : tiles == 2 ? launch_load<2> : launch_load<4>;
-        run(in, out, transposed);
-    });
+void multiply(const void* a, const void* b, float* out, int steps, int depth, int dtype,
+              bool transposed) {
+    const bool deep = depth == 16;
+    const auto run = dtype == kBFloat16
+                         ? (deep ? launch_products<BFloat16, 16> : launch_products<BFloat16, 8>)
+                         : (deep ? launch_products<Float16, 16> : launch_products<Float16, 8>);
+    run(a, b, out, steps, transposed);
+}
+
+void load(const void* in, void* out, int tiles, bool transposed) {
+    const auto run = tiles == 1 ? launch_load<1> : tiles == 2 ? launch_load<2> : launch_load<4>;
+    run(in, out, transposed);
 }
 
 }  // namespace tim::cuda

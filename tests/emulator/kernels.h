@@ -1,20 +1,30 @@
-// What the kernels of this folder share.
+// The kernels of this folder, for the module that hands them to Python.
 #pragma once
 
-#include <pybind11/pybind11.h>
+#include <stddef.h>
+
+#include <vector>
 
 #include "cuda/mma.cuh"
 
-namespace py = pybind11;
-
 namespace tim::cuda {
 
-template <class T>
-T* pointer(uintptr_t address) {
-    return reinterpret_cast<T*>(address);
-}
+struct TestKernel {
+    const char* name;
+    void (*kernel)(const float* in, float* out);
+    unsigned blocks, threads;
+    size_t shared_bytes;
+};
 
-void define_faults(py::module_& m);
-void define_instructions(py::module_& m);
+// Healthy and with planted faults.
+const std::vector<TestKernel>& faults();
+// Of one of them, pass_on.
+void limit_shared_memory(int bytes);
+
+// The product of A [16, depth steps] and B [depth steps, 8]; with no steps that of registers.
+void multiply(const void* a, const void* b, float* out, int steps, int depth, int dtype,
+              bool transposed);
+// The registers of a load of tiles.
+void load(const void* in, void* out, int tiles, bool transposed);
 
 }  // namespace tim::cuda
