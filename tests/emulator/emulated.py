@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import functools
 import importlib
+import os
 import shutil
 import subprocess
 import sys
@@ -20,7 +21,11 @@ from tim import _extension
 from tim.ops import _dispatch as dispatch
 
 ROOT = Path(__file__).parents[2]
-BUILD = ROOT / "build" / "emulator"
+#: Build and run under AddressSanitizer and UBSan, whose runtime must be loaded first (.ci/run).
+SANITIZE = os.environ.get("TIM_EMULATOR_SANITIZE", "OFF")
+#: Names of the kernels that operations have called on the emulator.
+launched: list[str] = []
+BUILD = ROOT / "build" / ("emulator" if SANITIZE == "OFF" else "emulator-sanitized")
 
 
 @functools.cache
@@ -32,12 +37,14 @@ def build() -> None:
     cmake = shutil.which("cmake", path=str(Path(sys.executable).parent)) or "cmake"
     configure = [
         cmake, "-S", str(Path(__file__).parent), "-B", str(BUILD), "-G", "Ninja",
-        f"-DPython_EXECUTABLE={sys.executable}",
+        f"-DPython_EXECUTABLE={sys.executable}", f"-DTIM_EMULATOR_SANITIZE={SANITIZE}",
     ]  # fmt: skip
     with (BUILD / ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # the workers of pytest-xdist wait for the first
         for command in (configure, [cmake, "--build", str(BUILD)]):
-            result = subprocess.run(command, capture_output=True, text=True)
+            # The compiler has no need of a sanitizer that is loaded into this process.
+            environment = {k: v for k, v in os.environ.items() if k != "LD_PRELOAD"}
+            result = subprocess.run(command, capture_output=True, text=True, env=environment)
             assert result.returncode == 0, result.stdout + result.stderr
     sys.path.insert(0, str(BUILD))
 
@@ -75,6 +82,7 @@ def emulated() -> Iterator[ModuleType]:
         emulator.set_memory(list(touched.items()))
         touched.clear()
         launch(name, anchor, *arguments)
+        launched.append(name)
 
     def forget() -> None:
         dispatch.has_kernel.cache_clear()

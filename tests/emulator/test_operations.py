@@ -1,0 +1,164 @@
+"""Every CUDA kernel, emulated: the cases of tests/ops, and the sizes at which kernels turn corners.
+
+The yardstick is that of tests/ops/contract.py: error against float64 beside the reference's own.
+"""
+
+from __future__ import annotations
+
+import pytest
+import test_adaln
+import test_interpolate
+import test_qk_norm_rope
+import test_swiglu
+import test_transition_loss
+import torch
+from contract import DTYPES, OpContract
+from emulated import emulated, launched
+from torch import Tensor
+
+CONTRACTS = {
+    "interpolate": test_interpolate.TestInterpolate,
+    "swiglu": test_swiglu.TestSwiglu,
+    "adaln": test_adaln.TestAdaln,
+    "gated_adaln": test_adaln.TestGatedAdaln,
+    "qk_norm_rope": test_qk_norm_rope.TestQkNormRope,
+    "transition_loss": test_transition_loss.TestTransitionLoss,
+    "transition_loss_difference": test_transition_loss.TestDifference,
+}
+DIRECTIONS = ("forward", "backward", "tangent")
+
+
+def adaln_sizes() -> list[tuple]:
+    """Hidden sizes up to the largest: one row per warp and several warps, odd and even packs."""
+    return [(1, 3, hidden) for hidden in (8, 72, 1152, 1160, 2049, 4096, 8184, 8191, 8192)]
+
+
+#: Beside those of tests/ops.
+SIZES = {
+    # Pieces: a part of one, whole ones and a rest, more than warps, which then take a new row.
+    "interpolate": [(3, 64), (5, 1000), (2, 7), (1, 9), (70, 1400)],
+    "swiglu": [(3, 64), (5, 1000), (2, 7), (1, 9), (70, 1400)],
+    "adaln": adaln_sizes(),
+    "gated_adaln": adaln_sizes(),
+    # Every multiple of 8, and some that are none; tokens of more than one chunk of the backward.
+    "qk_norm_rope": [
+        *((1, 2, 3, head_dim) for head_dim in range(8, 257, 8)),
+        (1, 2, 2, 6),
+        (1, 2, 2, 90),
+        (3, 37, 2, 16),
+    ],
+    # One position, a pack and some, more than a block's; channels for one group and for all.
+    "transition_loss": [(2, 3, 1, 1, 2), (2, 5, 3, 17, 1), (1, 80, 2, 4, 1), (1, 2, 90, 52, 1)],
+    "transition_loss_difference": [(2, 3, 1, 1, 2), (2, 5, 3, 17, 1), (1, 80, 2, 4, 1)],
+}
+
+
+def offset(tensor: Tensor) -> Tensor:
+    """The same values one element behind an address that 16-byte accesses could start at."""
+    memory = torch.empty(tensor.numel() + 1, dtype=tensor.dtype)
+    return memory[1:].view(tensor.shape).copy_(tensor)
+
+
+def spread(tensor: Tensor) -> Tensor:
+    """The same values, rows twice as far apart."""
+    if tensor.dim() < 2:
+        return tensor
+    memory = torch.full((*tensor.shape[:-1], 2 * tensor.shape[-1]), torch.nan, dtype=tensor.dtype)
+    return memory[..., : tensor.shape[-1]].copy_(tensor)
+
+
+LAYOUTS = {"offset": offset, "spread": spread}
+
+
+def on_emulator(name: str, layout: str | None = None) -> OpContract:
+    """The contract of one operation, with its kernels emulated and its inputs laid out so."""
+    contract = CONTRACTS[name]
+
+    class OnEmulator(contract):  # type: ignore[misc,valid-type]
+        def prepare(self, size, dtype, device="cpu", seed=0):
+            values = super().prepare(size, dtype, device, seed)
+            if layout is None:
+                return values
+            return tuple(
+                [LAYOUTS[layout](t) if isinstance(t, Tensor) else t for t in tensors]
+                for tensors in values
+            )
+
+        def skip_unless(self, path: str, dtype: torch.dtype) -> str:
+            return "cpu"
+
+        @staticmethod
+        def on(path: str):
+            return emulated()
+
+    return OnEmulator()
+
+
+def run(contract: OpContract, direction: str, size: tuple, dtype: torch.dtype) -> None:
+    launched.clear()
+    getattr(contract, f"test_{direction}")(size, dtype, "emulator")
+    empty = contract.prepare(size, dtype)[0][0].numel() == 0
+    assert bool(launched) == (not empty), "the reference ran in place of the kernel"
+
+
+def cases(sizes: dict[str, list[tuple]]) -> pytest.MarkDecorator:
+    """Name, size and direction of what each operation has kernels for, in every dtype."""
+
+    def parametrise(test):
+        return pytest.mark.parametrize(
+            ("name", "size", "direction"),
+            [
+                pytest.param(name, size, direction, id=f"{name}-{size}-{direction}")
+                for name, contract in CONTRACTS.items()
+                for size in sizes[name]
+                for direction in DIRECTIONS
+                if hasattr(contract, f"test_{direction}")
+            ],
+        )(pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])(test))
+
+    return parametrise
+
+
+@cases({name: list(contract.sizes) for name, contract in CONTRACTS.items()})
+def test_the_cases_of_the_operation(name, size, direction, dtype) -> None:
+    run(on_emulator(name), direction, size, dtype)
+
+
+@cases(SIZES)
+def test_sizes_of_the_kernels(name, size, direction, dtype) -> None:
+    run(on_emulator(name), direction, size, dtype)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@cases({name: [contract.sizes[2]] for name, contract in CONTRACTS.items()})
+def test_layouts_that_wide_accesses_cannot_take(name, size, direction, dtype, layout) -> None:
+    run(on_emulator(name, layout), direction, size, dtype)
+
+
+@pytest.mark.parametrize("name", [n for n, contract in CONTRACTS.items() if contract.with_tangent])
+def test_absent_tangents_count_as_zero(name) -> None:
+    on_emulator(name).test_tangent_of_each_input_alone("emulator")
+
+
+#: Seeds that shuffle blocks and threads, beside sizes of the device.
+DEVICES = [(0, 2), (1, 2), (2, 1), (3, 5)]
+
+
+@cases({name: list(contract.sizes[2:4]) for name, contract in CONTRACTS.items()})
+def test_results_depend_neither_on_the_order_nor_on_the_device(
+    name, size, direction, dtype
+) -> None:
+    contract = on_emulator(name)
+    inputs, tangents = contract.prepare(size, dtype)
+    results = []
+    for order, multiprocessors in DEVICES:
+        with emulated() as emulator:
+            emulator.set_device(order=order, multiprocessors=multiprocessors)
+            if direction == "forward":
+                results.append(contract.run(contract.op, inputs))
+            elif direction == "backward":
+                results.append(contract.gradients(contract.op, inputs))
+            else:
+                results.append(contract.jvp(contract.op, inputs, tangents)[1])
+    for result in results[1:]:
+        assert all(map(torch.equal, result, results[0]))
