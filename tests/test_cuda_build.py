@@ -1,9 +1,4 @@
-"""CUDA kernels without a GPU: what was built, what a call does then, their index logic."""
-
-import ctypes
-import shutil
-import subprocess
-from pathlib import Path
+"""CUDA kernels without a GPU: what was built, and what a call does then."""
 
 import pytest
 import torch
@@ -13,9 +8,7 @@ from torch._subclasses import FakeTensorMode
 from tim import _extension, ops
 from tim.ops import _dispatch as dispatch
 
-ROOT = Path(__file__).parents[1]
 INFO = _extension.build_info()
-DTYPES = {0: torch.float32, 1: torch.bfloat16, 2: torch.float16}
 
 with_cuda = pytest.mark.skipif(not INFO.get("cuda"), reason="the extension holds no CUDA kernels")
 without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -94,95 +87,3 @@ def test_tensors_of_a_cpu_never_reach_a_cuda_kernel(monkeypatch) -> None:
     x = torch.randn(2, 8)
     torch.testing.assert_close(ops.swiglu(x, x), F.silu(x) * x)
     assert "cuda" not in asked and "cpu" in asked
-
-
-@pytest.fixture(scope="module")
-def host_kernel(tmp_path_factory):
-    """Elementwise kernels of csrc/cuda, compiled by the host's compiler (tests/host_cuda)."""
-    compiler = shutil.which("c++") or shutil.which("g++")
-    if compiler is None:
-        pytest.skip("no C++ compiler")
-    folder = tmp_path_factory.mktemp("host_cuda")
-    headers = ROOT / "tests" / "host_cuda"
-    sources = [ROOT / "csrc" / "cuda" / f"{name}.cu" for name in ("interpolate", "swiglu")]
-    subprocess.run(
-        [compiler, "-std=c++17", "-O1", "-fPIC", "-shared", "-Wno-unknown-pragmas",
-         f"-I{headers}", f"-I{ROOT / 'csrc'}", "-x", "c++", str(headers / "kernels.cpp"),
-         *map(str, sources), "-o", str(folder / "kernels.so")],
-        check=True,
-    )  # fmt: skip
-    library = ctypes.CDLL(str(folder / "kernels.so"))
-    library.kernel.restype = ctypes.c_void_p
-
-    def call(name: str, *arguments: torch.Tensor | int | None) -> None:
-        values = [a.data_ptr() if isinstance(a, torch.Tensor) else a or 0 for a in arguments]
-        # Pointers, sizes and strides all take a 64-bit register; the dtype, the last but one, not.
-        kinds = [ctypes.c_int64] * len(values)
-        kinds[-2] = ctypes.c_int
-        function = ctypes.CFUNCTYPE(None, *kinds)(library.kernel(name.encode()))
-        function(*values)
-
-    return call
-
-
-def array(shape: tuple[int, ...], dtype: torch.dtype, offset: int, fill: bool = True):
-    """A tensor `offset` elements from a 64-byte boundary, between guards that nothing may write."""
-    size = torch.Size(shape).numel()
-    memory = torch.full((size + 128,), 7.0, dtype=dtype)
-    start = 64 + offset - memory.data_ptr() // memory.element_size() % 32
-    tensor = memory[start : start + size].view(shape)
-    tensor.copy_(torch.randn(shape)) if fill else tensor.fill_(torch.nan)
-    tensor.guards = (memory[:start], memory[start + size :])
-    return tensor
-
-
-def assert_written(tensor: torch.Tensor, expected: torch.Tensor) -> None:
-    assert all((guard == 7).all() for guard in tensor.guards), "written out of bounds"
-    tolerance = 4 * torch.finfo(tensor.dtype).eps
-    expected = expected.double()
-    torch.testing.assert_close(
-        tensor.double(), expected, rtol=tolerance, atol=tolerance * float(expected.abs().max())
-    )
-
-
-# Aligned and not; whole packs, a remainder, more pieces than warps, which then wrap into a new row.
-LAYOUTS = [(3, 64, 0), (5, 1000, 0), (2, 7, 0), (3, 64, 1), (1, 9, 3), (70, 1400, 0)]
-
-
-@pytest.mark.parametrize("code", DTYPES)
-@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
-def test_index_logic_of_interpolate(host_kernel, layout, code) -> None:
-    *shape, offset = layout
-    x, z = (array(shape, DTYPES[code], offset) for _ in range(2))
-    coefficients = torch.randn(shape[0], 4)
-    a, b = (array(shape, DTYPES[code], offset, fill=False) for _ in range(2))
-    host_kernel("interpolate", x, z, coefficients, a, b, *shape, code, 0)
-    c = coefficients.double()[:, :, None]
-    assert_written(a, c[:, 0] * x.double() + c[:, 1] * z.double())
-    assert_written(b, c[:, 2] * x.double() + c[:, 3] * z.double())
-
-
-@pytest.mark.parametrize("code", DTYPES)
-@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
-def test_index_logic_of_swiglu(host_kernel, layout, code) -> None:
-    rows, cols, offset = layout
-    dtype = DTYPES[code]
-    packed = array((rows, 2 * cols), dtype, offset)
-    gate, up = packed.double().chunk(2, dim=1)
-    operands = (packed, 2 * cols, packed[:, cols:], 2 * cols)
-    new = [array((rows, cols), dtype, offset, fill=False) for _ in range(5)]
-    out, dgate, dup, out_again, tout = new
-    grad, tgate = (array((rows, cols), dtype, offset) for _ in range(2))
-    host_kernel("swiglu", *operands, out, rows, cols, code, 0)
-    host_kernel("swiglu_backward", grad, *operands, dgate, dup, rows, cols, code, 0)
-    # A tangent of `up` that is absent counts as zero.
-    host_kernel(
-        "swiglu_tangent", *operands, tgate, cols, None, 0, out_again, tout, rows, cols, code, 0
-    )
-    s = gate.sigmoid()
-    silu, slope = gate * s, s * (1 + gate * (1 - s))
-    assert_written(out, silu * up)
-    assert_written(out_again, silu * up)
-    assert_written(dgate, grad.double() * up * slope)
-    assert_written(dup, grad.double() * silu)
-    assert_written(tout, tgate.double() * up * slope)

@@ -9,13 +9,14 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
+from torch import Tensor
 
 from tim import _extension
 from tim.ops import _dispatch as dispatch
@@ -54,7 +55,7 @@ def module(name: str = "tim_emulator") -> ModuleType:
     return importlib.import_module(name)
 
 
-def extent(tensor: torch.Tensor) -> int:
+def extent(tensor: Tensor) -> int:
     """Bytes from the first to the last element, which may lie apart."""
     if tensor.numel() == 0:
         return 0
@@ -63,26 +64,34 @@ def extent(tensor: torch.Tensor) -> int:
 
 
 @contextmanager
-def emulated() -> Iterator[ModuleType]:
+def emulated(place: Callable[[Tensor], Tensor] = lambda tensor: tensor) -> Iterator[ModuleType]:
     """Inside, tim.ops runs the emulated CUDA kernels on tensors of the CPU.
 
-    A kernel may touch only the tensors whose addresses were taken since the last launch.
+    A kernel may touch only the tensors whose addresses were taken since the last launch. New
+    tensors hold NaNs, which show where a kernel has not written, and lie where `place` puts them.
     """
     emulator = module()
 
     touched: dict[int, int] = {}
     data_ptr, launch = torch.Tensor.data_ptr, dispatch.launch
 
-    def recorded(tensor: torch.Tensor) -> int:
+    def recorded(tensor: Tensor) -> int:
         address = data_ptr(tensor)
         touched[address] = max(touched.get(address, 0), extent(tensor))
         return address
 
-    def launch_within(name: str, anchor: torch.Tensor, *arguments: object) -> None:
+    def launch_within(name: str, anchor: Tensor, *arguments: object) -> None:
         emulator.set_memory(list(touched.items()))
         touched.clear()
         launch(name, anchor, *arguments)
         launched.append(name)
+
+    def poisoned(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def allocate(*arguments: object, **keywords: object) -> Tensor:
+            tensor = make(*arguments, **keywords)
+            return place(tensor.fill_(torch.nan)) if tensor.is_floating_point() else tensor
+
+        return allocate
 
     def forget() -> None:
         dispatch.has_kernel.cache_clear()
@@ -91,6 +100,8 @@ def emulated() -> Iterator[ModuleType]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(_extension, "kernels", lambda device: emulator if device == "cpu" else None)
         patch.setattr(torch.Tensor, "data_ptr", recorded, raising=False)
+        patch.setattr(torch, "empty", poisoned(torch.empty))
+        patch.setattr(torch, "empty_like", poisoned(torch.empty_like))
         patch.setattr(dispatch, "launch", launch_within)
         patch.setitem(dispatch.KERNEL_DTYPES, "cpu", dispatch.KERNEL_DTYPES["cuda"])
         forget()

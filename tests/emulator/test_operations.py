@@ -13,8 +13,10 @@ import test_swiglu
 import test_transition_loss
 import torch
 from contract import DTYPES, OpContract
-from emulated import emulated, launched
+from emulated import emulated, launched, module
 from torch import Tensor
+
+from tim.ops._dispatch import KERNEL_OPS
 
 CONTRACTS = {
     "interpolate": test_interpolate.TestInterpolate,
@@ -55,16 +57,17 @@ SIZES = {
 
 def offset(tensor: Tensor) -> Tensor:
     """The same values one element behind an address that 16-byte accesses could start at."""
-    memory = torch.empty(tensor.numel() + 1, dtype=tensor.dtype)
+    memory = tensor.new_zeros(tensor.numel() + 1)
     return memory[1:].view(tensor.shape).copy_(tensor)
 
 
 def spread(tensor: Tensor) -> Tensor:
-    """The same values, rows twice as far apart."""
+    """The same values in rows, or tokens [3, H, D], that lie twice as far apart."""
     if tensor.dim() < 2:
         return tensor
-    memory = torch.full((*tensor.shape[:-1], 2 * tensor.shape[-1]), torch.nan, dtype=tensor.dtype)
-    return memory[..., : tensor.shape[-1]].copy_(tensor)
+    dim = 2 if tensor.dim() == 5 else tensor.dim() - 1
+    memory = torch.cat((tensor, torch.full_like(tensor, torch.nan)), dim)
+    return memory.narrow(dim, 0, tensor.shape[dim])
 
 
 LAYOUTS = {"offset": offset, "spread": spread}
@@ -89,7 +92,7 @@ def on_emulator(name: str, layout: str | None = None) -> OpContract:
 
         @staticmethod
         def on(path: str):
-            return emulated()
+            return emulated(offset) if layout == "offset" else emulated()
 
     return OnEmulator()
 
@@ -138,6 +141,46 @@ def test_layouts_that_wide_accesses_cannot_take(name, size, direction, dtype, la
 @pytest.mark.parametrize("name", [n for n, contract in CONTRACTS.items() if contract.with_tangent])
 def test_absent_tangents_count_as_zero(name) -> None:
     on_emulator(name).test_tangent_of_each_input_alone("emulator")
+
+
+#: Tests of tests/ops that fit any kernel: dtypes that differ, views, values that are special.
+CHECKS = [
+    test_adaln.test_gradient_of_only_one_output_of_the_pair,
+    test_adaln.test_large_mean_does_not_cancel,
+    test_adaln.test_small_rows_have_a_finite_tangent_in_float16,
+    test_adaln.test_strided_inputs_and_wider_residual,
+    test_interpolate.test_strided_inputs,
+    test_qk_norm_rope.test_half_precision_tokens_with_float32_parameters,
+    test_qk_norm_rope.test_quarter_turn_maps_a_b_to_minus_b_a,
+    test_qk_norm_rope.test_rotation_keeps_the_length_of_every_pair,
+    test_qk_norm_rope.test_tokens_of_a_longer_sequence_are_read_in_place,
+    test_swiglu.test_halves_of_one_product_are_read_in_place,
+    test_swiglu.test_large_magnitudes_do_not_overflow,
+    test_swiglu.test_nan_and_infinity_propagate,
+    test_transition_loss.test_difference_of_two_predictions_equals_its_quotient,
+    test_transition_loss.test_equal_prediction_and_target_have_no_error,
+    test_transition_loss.test_half_precision_prediction_beside_float32_latents,
+    test_transition_loss.test_non_finite_values_stay_visible,
+    test_transition_loss.test_written_out,
+]
+
+
+@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
+def test_what_holds_for_any_kernel(check) -> None:
+    launched.clear()
+    with emulated():
+        check()
+    assert launched
+
+
+def test_nothing_is_launched_for_empty_arrays() -> None:
+    emulator = module()
+    kernels = [getattr(emulator, name) for name in dir(emulator) if name.startswith(KERNEL_OPS)]
+    assert len(kernels) >= 12
+    for kernel in kernels:
+        parameters = kernel.__doc__.split("->")[0].split(", ")
+        # A thread that ran would read at address 0.
+        kernel(*[False if ": bool" in parameter else 0 for parameter in parameters])
 
 
 #: Seeds that shuffle blocks and threads, beside sizes of the device.
