@@ -13,7 +13,7 @@ DEMO := $(VENV)/.installed-logging-$(TIM_CUDA)
 DEV := $(VENV)/.installed-dev-$(TIM_CUDA)
 BUILD_INPUTS := pyproject.toml constraints.txt CMakeLists.txt $(shell find csrc cmake -type f)
 
-.PHONY: demo test lint format clean
+.PHONY: demo test sanitize lint format clean
 .DELETE_ON_ERROR:
 
 # The stem is the extra to install.
@@ -31,6 +31,13 @@ demo: $(DEMO)
 
 test: $(DEV)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2
+
+# The emulated CUDA kernels under AddressSanitizer and UBSan of the compiler, which is GCC here. The
+# leaks of Python itself are none of ours.
+sanitize: $(DEV)
+	TIM_EMULATOR_SANITIZE=ON OMP_NUM_THREADS=1 ASAN_OPTIONS=detect_leaks=0 \
+	  LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
+	  $(BIN)/python -m pytest -q -n 2 tests/emulator
 
 lint: $(DEV)
 	$(BIN)/ruff check .
