@@ -1,6 +1,8 @@
 import dataclasses
 import json
 import re
+import subprocess
+import sys
 import types
 from pathlib import Path
 
@@ -13,6 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from tim.models import ARCHITECTURES, TiM, load, loading
+from tim.models.released import RELEASES
 
 
 def assert_same(one: TiM, two: TiM) -> None:
@@ -50,7 +53,7 @@ def test_weight_file_with_its_configuration(tmp_path):
 def test_weight_file_without_configuration(tmp_path):
     model = network(LABELS)
     path = save(model, tmp_path / "w.safetensors", with_config=False)
-    with pytest.raises(ValueError, match=r"carries no configuration: pass config=.*tim-xl2-256"):
+    with pytest.raises(ValueError, match=r"carries no configuration: pass preset=.*tim-xl2-256"):
         load(path)
     assert_same(load(path, config=LABELS), model)
 
@@ -63,19 +66,145 @@ def test_pickled_weights(suffix, tmp_path):
     assert_same(load(path, config=CAPTIONS), model)
 
 
-def test_named_architecture_means_released_weights(tmp_path, monkeypatch):
-    model = network(CAPTIONS)
-    path = save(model, tmp_path / "w.safetensors", with_config=False)
-    monkeypatch.setitem(ARCHITECTURES, "tiny", CAPTIONS)
-    assert load(path, config="tiny").config == dataclasses.replace(CAPTIONS, rope_grid="released")
-    with pytest.raises(ValueError, match=r"config must be one of .*tiny, got 'huge'"):
-        load(path, config="huge")
+@pytest.fixture
+def tiny_release(monkeypatch):
+    """Tiny networks under the names of the released ones."""
+    tiny = {"tim-xl2-256": LABELS, "tim-t2i-xl1": CAPTIONS}
+    tiny["tim-xl1-512"] = dataclasses.replace(LABELS, patch_size=1, in_channels=8)
+    for preset, config in tiny.items():
+        monkeypatch.setitem(ARCHITECTURES, preset, config)
+    return {r.preset: network(r.config) for r in RELEASES}
+
+
+def save_released(model: TiM, path: Path) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".bin":
+        torch.save(model.state_dict(), path)
+    else:
+        save_file(model.state_dict(), path)
+    return path
+
+
+def test_preset_means_released_weights(tiny_release, tmp_path):
+    model = tiny_release["tim-xl2-256"]
+    path = save_released(model, tmp_path / "w.safetensors")
+    assert model.config.rope_grid == "released"
+    assert_same(load(path, preset="tim-xl2-256"), model)
+    with pytest.raises(ValueError, match=r"preset must be one of .*tim-xl2-256.*, got 'huge'"):
+        load(path, preset="huge")
+    with pytest.raises(ValueError, match="give preset or config, not both"):
+        load(path, preset="tim-xl2-256", config=model.config)
+    with pytest.raises(TypeError, match="config must be a TiMConfig, got str"):
+        load(path, config="tim-xl2-256")
+
+
+def test_wrong_preset_names_the_right_one(tiny_release, tmp_path):
+    path = save_released(tiny_release["tim-xl2-256"], tmp_path / "w.safetensors")
+    with pytest.raises(ValueError, match=r"of another shape: .*; they are those of") as caught:
+        load(path, preset="tim-xl1-512")
+    assert str(caught.value).endswith("they are those of preset='tim-xl2-256'")
+
+
+@pytest.mark.parametrize("release", RELEASES, ids=lambda r: r.preset)
+def test_published_names_need_no_preset(tiny_release, release, tmp_path):
+    model = tiny_release[release.preset]
+    path = save_released(model, tmp_path / release.file)
+    for loaded in (load(path), load(tmp_path), load(path, preset=release.preset)):
+        assert_same(loaded, model)
+    spatial = dataclasses.replace(model.config, rope_grid="spatial")
+    assert load(path, config=spatial).config == spatial
+
+
+def test_folder_with_several_released_files(tiny_release, tmp_path):
+    for release in RELEASES[:2]:
+        save_released(tiny_release[release.preset], tmp_path / release.file)
+    with pytest.raises(ValueError, match=r"c2i_model_256.safetensors \(preset='tim-xl2-256'\), .*"):
+        load(tmp_path)
+    with pytest.raises(ValueError, match="choose one of them by preset, got 'tim-t2i-xl1'"):
+        load(tmp_path, preset="tim-t2i-xl1")
+    assert_same(load(tmp_path, preset="tim-xl1-512"), tiny_release["tim-xl1-512"])
+
+
+def test_released_hub_repositories(tiny_release, hub):
+    for release in RELEASES:
+        save_released(tiny_release[release.preset], hub / release.repository / release.file)
+    with pytest.raises(ValueError, match="several models: pass preset='tim-xl2-256' or 'tim-xl1-"):
+        load("GoodEnough/TiM-C2I")
+    with pytest.raises(ValueError, match="holds tim-t2i-xl1, got preset='tim-xl2-256'"):
+        load("GoodEnough/TiM-T2I", preset="tim-xl2-256")
+    assert_same(load("GoodEnough/TiM-T2I"), tiny_release["tim-t2i-xl1"])
+    for release in RELEASES:
+        model = tiny_release[release.preset]
+        assert_same(load(release.repository, preset=release.preset), model)
+        assert_same(load(f"{release.repository}/{release.file}"), model)
+
+
+class Payload:
+    """An object whose unpickling would write a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+def test_no_code_in_a_weight_file_is_run(tmp_path):
+    path = tmp_path / "t2i_model.bin"
+    torch.save({"x_embedder.proj.bias": Payload(tmp_path / "proof")}, path)
+    with pytest.raises(ValueError, match="is damaged: Weights only load failed"):
+        load(path, config=CAPTIONS)
+    assert not (tmp_path / "proof").exists()
+
+
+MEASURE_ANONYMOUS_MEMORY = """
+import json, sys, tim
+def anonymous():
+    for line in open("/proc/self/status"):
+        if line.startswith("RssAnon"):
+            return int(line.split()[1]) * 1024
+small, large, config = sys.argv[1], sys.argv[2:-1], tim.TiMConfig(**json.loads(sys.argv[-1]))
+tim.load(small)  # imports and one-time allocations
+for path in large:
+    before = anonymous()
+    model = tim.load(path, config=config)
+    print(anonymous() - before)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's /proc")
+def test_weights_are_mapped_not_copied(tmp_path):
+    small = save(network(LABELS), tmp_path / "small.safetensors")
+    config = dataclasses.replace(LABELS, num_classes=200_000)
+    with torch.device("meta"):
+        model = TiM(config)
+    model.to_empty(device="cpu")
+    size = sum(parameter.numel() * 4 for parameter in model.parameters())
+    large = [save_released(model, tmp_path / name) for name in ("large.safetensors", "large.bin")]
+    arguments = [small, *large, json.dumps(config.to_dict())]
+    command = [sys.executable, "-c", MEASURE_ANONYMOUS_MEMORY, *map(str, arguments)]
+    for grown in map(int, subprocess.check_output(command).split()):
+        assert grown < size / 4
+
+
+def test_training_leaves_the_mapped_file_alone(tmp_path):
+    for name in ("w.safetensors", "w.bin"):
+        path = save_released(network(LABELS), tmp_path / name)
+        before = path.read_bytes()
+        model = load(path, config=LABELS)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(1)
+        del model
+        assert path.read_bytes() == before
 
 
 def test_configuration_that_contradicts_the_file(tmp_path):
     path = save(network(LABELS), tmp_path / "w.safetensors")
     assert load(path, config=LABELS).config == LABELS
-    with pytest.raises(ValueError, match="carries its own configuration, which differs"):
+    with pytest.raises(
+        ValueError, match="own configuration, which differs .*: new_condition is t-r"
+    ):
         load(path, config=dataclasses.replace(LABELS, new_condition="r"))
 
 
@@ -95,7 +224,9 @@ def test_newest_checkpoint_of_a_run(tmp_path):
 
 
 def test_directories_that_are_no_source(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"must hold config.json or config.yaml"):
+    with pytest.raises(
+        FileNotFoundError, match=r"must hold config.json, config.yaml or a released"
+    ):
         load(tmp_path)
     (tmp_path / "config.yaml").write_text("train: {}")
     with pytest.raises(ValueError, match="must have a mapping `model`"):

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import re
+import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from tim.models.config import TiMConfig
+from tim.models.released import RELEASES, Release, release_of, released_config
 from tim.models.sizes import ARCHITECTURES
 from tim.models.tim import TiM
 
@@ -29,7 +30,8 @@ _STEP = re.compile(r"\d{8,}")
 def load(
     source: str | Path,
     *,
-    config: TiMConfig | str | None = None,
+    preset: str | None = None,
+    config: TiMConfig | None = None,
     device: torch.device | str = "cpu",
     dtype: torch.dtype | None = None,
 ) -> TiM:
@@ -40,30 +42,36 @@ def load(
             - a run directory: config.yaml, and ema.safetensors of its newest complete
               checkpoint;
             - a directory written by `save_pretrained`: config.json and model.safetensors;
-            - a weight file, .safetensors or PyTorch's .bin, .pt, .pth;
+            - a weight file, .safetensors or PyTorch's .bin, .pt, .pth (read with weights_only: no
+              code in it is run);
             - a hub repository "owner/name" written by `push_to_hub`, or one weight file of it,
-              "owner/name/file".
-        config: architecture of a weight file that does not carry its own (metadata entry `config`):
-            a `TiMConfig`, or the name of one of the paper's architectures. Under a name the file is
-            taken to be a released one, so token positions are the released ones.
-        device, dtype: of the returned network; dtype None keeps that of the file.
+              "owner/name/file";
+            - the paper's files, as published: "GoodEnough/TiM-C2I" (with `preset`),
+              "GoodEnough/TiM-T2I", a file of theirs, or a folder that holds one.
+        preset: name of the architecture of a weight file that does not carry its own (metadata
+            entry `config`), e.g. "tim-xl2-256". The file is taken to be a released one, so token
+            positions are the released ones. Files that bear a published name need none.
+        config: the same for an architecture of your own, instead of `preset`.
+        device, dtype: of the returned network; dtype None keeps that of the file. On the CPU, and
+            in the file's dtype, weights are mapped from the file and read when they are used.
 
     Raises:
-        TypeError: source is neither a string nor a path.
+        TypeError: source is neither a string nor a path, or config is no `TiMConfig`.
         FileNotFoundError: nothing is there, on disk or (as far as can be reached) on the hub.
         ValueError: no configuration is known for the weights, one is given where the source brings
-            its own, names or shapes of the weights differ from the network's, or a file is damaged.
+            another, names or shapes of the weights differ from the network's, or a file is damaged.
     """
     if not isinstance(source, (str, Path)):
         raise TypeError(f"source must be a path or a hub id, got {type(source).__name__}")
+    given = _given_config(preset, config)
     path = Path(source)
     if path.is_dir():
-        own, weights = _from_directory(path)
+        own, weights = _from_directory(path, preset)
     elif path.is_file():
         own, weights = _metadata_config(path), path
     else:
-        own, weights = _from_hub(str(source))
-    return load_weights(_choose_config(own, config, weights), weights, device=device, dtype=dtype)
+        own, weights = _from_hub(str(source), preset)
+    return load_weights(_choose_config(own, given, weights), weights, device=device, dtype=dtype)
 
 
 def load_weights(
@@ -80,11 +88,15 @@ def load_weights(
             is damaged.
     """
     state = _read(path)
-    with torch.device("meta"):
-        model = TiM(config)
+    model = _on_meta(config)
     _check_state(state, model.state_dict(), path)
     model.load_state_dict(state, assign=True)
     return model.to(device=device, dtype=dtype).eval()
+
+
+def _on_meta(config: TiMConfig) -> TiM:
+    with torch.device("meta"):
+        return TiM(config)
 
 
 def fetch(repository: str, file: str, **options: Any) -> Path:
@@ -105,13 +117,13 @@ def fetch(repository: str, file: str, **options: Any) -> Path:
         ) from error
 
 
-def _from_directory(path: Path) -> tuple[TiMConfig, Path]:
+def _from_directory(path: Path, preset: str | None) -> tuple[TiMConfig | None, Path]:
     import yaml
 
     if (path / CONFIG_FILE).is_file():
         return _json_config(path / CONFIG_FILE), path / WEIGHTS_FILE
     if not (path / "config.yaml").is_file():
-        raise FileNotFoundError(f"{path} must hold config.json or config.yaml, got neither")
+        return None, path / _release_in(path, preset).file
     with _damage(path / "config.yaml"):
         run = yaml.safe_load((path / "config.yaml").read_text())
     if not isinstance(run, Mapping) or not isinstance(run.get("model"), Mapping):
@@ -120,6 +132,21 @@ def _from_directory(path: Path) -> tuple[TiMConfig, Path]:
     if not complete:
         raise FileNotFoundError(f"{path} holds no complete checkpoints/<step>")
     return TiMConfig.from_dict(run["model"]), complete[-1] / AVERAGE_FILE
+
+
+def _release_in(path: Path, preset: str | None) -> Release:
+    """The release, of `preset` if one is given, whose weight file lies in the folder `path`."""
+    found = [r for r in RELEASES if (path / r.file).is_file()]
+    if not found:
+        raise FileNotFoundError(
+            f"{path} must hold config.json, config.yaml or a released file "
+            f"({', '.join(r.file for r in RELEASES)}), got none of them"
+        )
+    chosen = [r for r in found if preset in (None, r.preset)]
+    if len(chosen) == 1:
+        return chosen[0]
+    names = ", ".join(f"{r.file} (preset={r.preset!r})" for r in found)
+    raise ValueError(f"{path} holds {names}: choose one of them by preset, got {preset!r}")
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -131,7 +158,7 @@ def checkpoints(folder: Path) -> list[Path]:
     return sorted(whole, key=lambda path: int(path.name))
 
 
-def _from_hub(name: str) -> tuple[TiMConfig | None, Path]:
+def _from_hub(name: str, preset: str | None) -> tuple[TiMConfig | None, Path]:
     owner, _, rest = name.partition("/")
     repository, _, file = rest.partition("/")
     # The hub's client retries for half a minute when out of reach: no need to ask for a path.
@@ -144,6 +171,11 @@ def _from_hub(name: str) -> tuple[TiMConfig | None, Path]:
     if file:
         path = fetch(repository, file)
         return _metadata_config(path), path
+    published = [r.preset for r in RELEASES if r.repository == repository]
+    if published:
+        if preset not in (None, *published):
+            raise ValueError(f"{repository} holds {', '.join(published)}, got preset={preset!r}")
+        return None, fetch(repository, release_of(repository=repository, preset=preset).file)
     config = fetch(repository, CONFIG_FILE)
     return _json_config(config), fetch(repository, WEIGHTS_FILE)
 
@@ -184,32 +216,49 @@ def _damage(path: Path) -> Iterator[None]:
         raise ValueError(f"{path} is damaged: {reason or type(error).__name__}") from error
 
 
-def _choose_config(
-    own: TiMConfig | None, given: TiMConfig | str | None, weights: Path
-) -> TiMConfig:
-    if given is None:
-        if own is None:
-            raise ValueError(
-                f"{weights} carries no configuration: pass config= as a TiMConfig or one of "
-                f"{', '.join(ARCHITECTURES)}"
-            )
-        return own
-    if isinstance(given, str):
-        if given not in ARCHITECTURES:
-            raise ValueError(f"config must be one of {', '.join(ARCHITECTURES)}, got {given!r}")
-        given = replace(ARCHITECTURES[given], rope_grid="released")
-    if own is not None and own != given:
-        raise ValueError(f"{weights} carries its own configuration, which differs from config=")
-    return given
+def _given_config(preset: str | None, config: TiMConfig | None) -> TiMConfig | None:
+    if config is not None and not isinstance(config, TiMConfig):
+        raise TypeError(f"config must be a TiMConfig, got {type(config).__name__}")
+    if preset is None:
+        return config
+    if config is not None:
+        raise ValueError(f"give preset or config, not both, got preset={preset!r} and a config")
+    return released_config(preset)
+
+
+def _choose_config(own: TiMConfig | None, given: TiMConfig | None, weights: Path) -> TiMConfig:
+    """What the source carries, else what the caller gave, else what the file's name says."""
+    if given is not None and own is not None and own != given:
+        raise ValueError(
+            f"{weights} carries its own configuration, which differs from the one given: "
+            f"{', '.join(_differences(own, given))}"
+        )
+    chosen = own or given
+    if chosen is None and (release := release_of(file=weights.name)) is not None:
+        chosen = release.config
+    if chosen is None:
+        raise ValueError(
+            f"{weights} carries no configuration: pass preset=, one of "
+            f"{', '.join(ARCHITECTURES)}, or config=, a TiMConfig"
+        )
+    return chosen
+
+
+def _differences(one: TiMConfig, other: TiMConfig) -> list[str]:
+    a, b = one.to_dict(), other.to_dict()
+    return [f"{name} is {a[name]}, not {b[name]}" for name in a if a[name] != b[name]]
 
 
 def _read(path: Path) -> dict[str, Tensor]:
     with _damage(path):
         if path.suffix in PICKLED:
-            state = torch.load(path, map_location="cpu", weights_only=True)
+            # Only archives can be mapped; files of PyTorch before 1.6 are none.
+            mapped = zipfile.is_zipfile(path)
+            state = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
         else:
             from safetensors import safe_open
 
+            # Tensors on the CPU are views of the mapped file.
             with safe_open(path, framework="pt") as file:
                 state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     tensors = isinstance(state, Mapping) and all(isinstance(v, Tensor) for v in state.values())
@@ -235,4 +284,16 @@ def _check_state(state: Mapping[str, Tensor], expected: Mapping[str, Tensor], pa
         if names
     ]
     if found:
-        raise ValueError(f"weights of {path} do not fit the configuration: {'; '.join(found)}")
+        raise ValueError(
+            f"weights of {path} do not fit the configuration: {'; '.join(found)}{_hint(state)}"
+        )
+
+
+def _hint(state: Mapping[str, Tensor]) -> str:
+    """The preset that the weights would have fitted, for the end of a message."""
+    shapes = {name: tensor.shape for name, tensor in state.items()}
+    for preset in ARCHITECTURES:
+        expected = _on_meta(released_config(preset)).state_dict()
+        if shapes == {name: tensor.shape for name, tensor in expected.items()}:
+            return f"; they are those of preset={preset!r}"
+    return ""
