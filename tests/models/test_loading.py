@@ -203,7 +203,7 @@ def test_configuration_that_contradicts_the_file(tmp_path):
     path = save(network(LABELS), tmp_path / "w.safetensors")
     assert load(path, config=LABELS).config == LABELS
     with pytest.raises(
-        ValueError, match="own configuration, which differs .*: new_condition is t-r"
+        ValueError, match=r"own configuration, which differs .*: new_condition is t-r"
     ):
         load(path, config=dataclasses.replace(LABELS, new_condition="r"))
 
