@@ -26,6 +26,7 @@ LAYERS = (
     ("models",),
     ("transports",),
     ("_passes", "derivative", "objective", "sampler"),
+    ("autoencoder", "text"),
     ("config", "data", "checkpoint", "ema", "frechet", "grid", "run_log", "step"),
     ("presets", "trainer", "evaluate", "bench"),
     ("cli", "commands", "encode", "info", "__main__"),

@@ -8,13 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
 import tyro
-from torch import Tensor
 
+from tim.autoencoder import encode, load_autoencoder
 from tim.cli import parse
-
-EXTRA = "transition-models[t2i]"
 
 
 @dataclass(frozen=True)
@@ -52,7 +49,7 @@ def main(arguments: list[str]) -> int:
         raise ValueError(f"out must be a folder, got the file {command.out}")
     dataset = FolderDataset(command.images, command.image_size, cache_bytes=0)
     device = pick_device(command.device)
-    vae = load_autoencoder(command.vae).to(device)
+    vae = load_autoencoder(command.vae, device=device)
     rng = np.random.default_rng(0)
     latents, labels = [], []
     starts = range(0, len(dataset), command.batch_size)
@@ -70,39 +67,6 @@ def main(arguments: list[str]) -> int:
     print(f"{len(x)} latents of shape {list(x.shape[1:])}, {len(dataset.skipped)} files skipped")
     print(command.out / "latents.npz")
     return 0
-
-
-def load_autoencoder(name: str) -> torch.nn.Module:
-    """A diffusers autoencoder (AutoencoderKL, AutoencoderDC, ...) by folder or hub id, in float32.
-
-    Raises ImportError naming the extra when diffusers is not installed, ValueError when there is no
-    such autoencoder.
-    """
-    try:
-        from diffusers import AutoModel
-    except ImportError:
-        raise ImportError(f"tim encode needs diffusers: pip install '{EXTRA}'") from None
-    try:
-        model = AutoModel.from_pretrained(name)
-    except OSError as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(
-            f"vae must be a folder or hub id of diffusers, got {name}: {reason}"
-        ) from None
-    if not hasattr(model, "encode"):
-        raise ValueError(f"vae must be an autoencoder, got a {type(model).__name__} in {name}")
-    return model.eval()
-
-
-@torch.no_grad()
-def encode(vae: torch.nn.Module, x: Tensor) -> Tensor:
-    """Latents of images x [B, 3, H, W] in [-1, 1], scaled by the autoencoder's own factor.
-
-    Of a variational autoencoder the mean of the posterior.
-    """
-    encoded = vae.encode(x)
-    latent = encoded.latent_dist.mean if hasattr(encoded, "latent_dist") else encoded.latent
-    return latent.float() * vae.config.scaling_factor
 
 
 def save(
