@@ -25,6 +25,7 @@ LAYERS = (
     ("ops",),
     ("models",),
     ("transports",),
+    ("schedule",),
     ("_passes", "derivative", "objective", "sampler"),
     ("autoencoder", "text"),
     ("config", "data", "checkpoint", "ema", "frechet", "grid", "run_log", "step"),

@@ -121,6 +121,20 @@ class ObjectiveConfig:
     guidance: GuidanceConfig = field(default_factory=GuidanceConfig)
     projection_weight: float = 1.0
     """Weight of the projection loss, where the data come with features."""
+    shift_base: int | None = None
+    """Shift the times, in training and sampling, by the root of the latents' height times width
+    over this, that of a 1024 x 1024 image: 1024 with an autoencoder of factor 32."""
+
+    def schedule(self, height: int, width: int) -> dict[str, Any]:
+        """Arguments of `tim.sample` for the times of latents of that size, as in training."""
+        from tim.schedule import resolution_shift
+
+        if self.shift_base is None:
+            return {"schedule": "linear"}
+        return {
+            "schedule": "shifted",
+            "shift": resolution_shift(height * width, self.shift_base),
+        }
 
     def build(self, transport: Transport) -> TransitionLoss:
         from tim.objective import TransitionLoss
@@ -136,6 +150,7 @@ class ObjectiveConfig:
             time_weight_map=self.time_weight_map,
             cosine=self.cosine,
             guidance=guidance if guidance.pop("enabled") else None,
+            shift_base=self.shift_base,
         )
 
 

@@ -172,6 +172,7 @@ def sample_all(
             cfg_scale=cfg_scale,
             cfg_interval=config.sample.cfg_interval,
             null=null,
+            **config.objective.schedule(*z.shape[2:]),
         )
         parts.append(part.cpu())
     return torch.cat(parts)

@@ -14,6 +14,7 @@ from tim import ops
 from tim._checks import check_callable, check_floating, check_number, check_tensor
 from tim._passes import evaluating, without_gradient
 from tim.derivative import Network, central_pair, exact_derivative
+from tim.schedule import resolution_shift, shift_within
 from tim.transports import Transport, rows
 
 TIME_WEIGHTS: dict[str, Callable[[Tensor, float], Tensor]] = {
@@ -107,6 +108,8 @@ class TransitionLoss:
             (T_max <= 1).
         cosine: add the mean over positions of 1 - cos(F, target) over channels.
         guidance: None, a `Guidance` or a mapping of its fields.
+        shift_base: height times width of the latents of a 1024 x 1024 image. Times that are drawn
+            are then shifted for the resolution of the batch (`tim.schedule`). None: no shift.
 
     Raises:
         TypeError, ValueError: an argument is of the wrong type or out of range.
@@ -121,6 +124,7 @@ class TransitionLoss:
     time_weight_map: Literal["tangent", "sigmoid"] | None = "tangent"
     cosine: bool = True
     guidance: Guidance | Mapping | None = None
+    shift_base: int | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.transport, Transport):
@@ -151,6 +155,10 @@ class TransitionLoss:
                 f"got T_max = {T_max:g} of {self.transport.name}: use time_weight_map=None"
             )
         object.__setattr__(self, "guidance", _as_guidance(self.guidance))
+        if self.shift_base is not None:
+            check_number("shift_base", self.shift_base)
+            if self.shift_base < 1:
+                raise ValueError(f"shift_base must be at least 1, got {self.shift_base}")
 
     def __call__(
         self,
@@ -247,6 +255,9 @@ class TransitionLoss:
         batch, dtype = len(x), torch.promote_types(x.dtype, torch.float32)
         n = round(self.diffusion_ratio * batch)
         a, b = (self.transport.sample_t(batch, device=x.device, dtype=dtype) for _ in range(2))
+        if self.shift_base is not None:
+            shift = resolution_shift(x.shape[2] * x.shape[3], self.shift_base)
+            a, b = (shift_within(self.transport, t, shift) for t in (a, b))
         t, r = torch.maximum(a, b), torch.minimum(a, b)
         last = min(round(self.consistency_ratio * batch), batch - n)
         consistency = torch.full_like(r[:last], self.transport.T_min)

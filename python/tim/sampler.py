@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
@@ -10,7 +9,10 @@ from torch import Tensor
 
 from tim._checks import check_callable, check_floating, check_number, check_tensor
 from tim._passes import evaluating
+from tim.schedule import resolution_shift, shift_time, shift_within
 from tim.transports import FlowMatching, Transport
+
+__all__ = ["resolution_shift", "sample", "shift_time"]
 
 SCHEDULES = ("linear", "shifted")
 
@@ -110,22 +112,6 @@ def sample(
     return torch.stack(states) if return_trajectory else x.to(noise.dtype)
 
 
-def shift_time(u: Tensor | float, shift: float) -> Tensor | float:
-    """s u / (1 + (s - 1) u): moves steps towards noise for s > 1, as large images need."""
-    return shift * u / (1 + (shift - 1) * u)
-
-
-def resolution_shift(tokens: int, base_tokens: int = 1024) -> float:
-    """The s of `shift_time` for images of so many tokens: sqrt(tokens / base_tokens).
-
-    ``base_tokens`` is the number of tokens of a 1024 x 1024 image: 1024 with an autoencoder that
-    shrinks 32 times and patches of 1, as the text model has; 4096 with 8 times and patches of 2.
-    """
-    if tokens < 1 or base_tokens < 1:
-        raise ValueError(f"tokens and base_tokens must be positive, got {tokens}, {base_tokens}")
-    return math.sqrt(tokens / base_tokens)
-
-
 def _times(
     transport: Transport, steps: int, schedule: str | Sequence[float] | Tensor, shift: float | None
 ) -> Tensor:
@@ -160,8 +146,8 @@ def _times(
     check_number("shift", shift)
     if not shift > 0:
         raise ValueError(f"shift must be positive, got {shift}")
-    u = shift_time(torch.linspace(1, 0, steps + 1, dtype=torch.float64), shift)
-    return transport.T_min + (transport.T_max - transport.T_min) * u
+    times = torch.linspace(transport.T_max, transport.T_min, steps + 1, dtype=torch.float64)
+    return shift_within(transport, times, shift)
 
 
 def _noise_source(

@@ -286,6 +286,7 @@ def sample_rows(
             cfg_scale=settings.cfg_scale,
             cfg_interval=settings.cfg_interval,
             null=model.null_condition(len(classes)),
+            **config.objective.schedule(*shape[2:]),
         )
         for steps in settings.steps
     ]
