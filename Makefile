@@ -11,7 +11,7 @@ TIM_CUDA ?= $(if $(shell command -v nvidia-smi),AUTO,OFF)
 BIN := $(VENV)/bin
 DEMO := $(VENV)/.installed-logging-$(TIM_CUDA)
 DEV := $(VENV)/.installed-dev-$(TIM_CUDA)
-BUILD_INPUTS := pyproject.toml constraints.txt CMakeLists.txt $(shell find csrc cmake -type f)
+BUILD_INPUTS := pyproject.toml constraints.txt CMakeLists.txt $(shell find csrc cmake -type f -not -path 'csrc/emulator/*')
 
 .PHONY: demo test sanitize lint format clean
 .DELETE_ON_ERROR:
@@ -42,13 +42,13 @@ sanitize: $(DEV)
 lint: $(DEV)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' \
+	find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' \
 	  | xargs $(BIN)/clang-format --dry-run --Werror
 
 format: $(DEV)
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
-	find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' \
+	find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' \
 	  | xargs $(BIN)/clang-format -i
 
 clean:

@@ -51,14 +51,13 @@ bool Block::run(uint3 index, dim3 threads, size_t shared_bytes, std::mt19937* or
     choose_next();
     host_.switch_to(current_->fiber);
     current_ = nullptr;
+    Inside::leave();
     return error_.empty();
 }
 
 void Block::thread_main() {
     Block& self = block();
-    {
-        const Inside before_the_first_switch;
-    }
+    Inside::leave();
     self.kernel_(self.context_);
     const Inside inside;
     Thread& own = *self.current_;

@@ -61,17 +61,20 @@ struct Warp {
     Thread& lane(int i) const;
 };
 
-// Lives while the emulator itself works, on whichever thread.
+// Lives while the emulator itself works, on whichever thread. What it does to memory is not
+// checked.
 class Inside {
   public:
-    Inside() { now_ = true; }
-    ~Inside() { now_ = false; }
+    Inside() : before_(now_) { now_ = true; }
+    ~Inside() { now_ = before_; }
     Inside(const Inside&) = delete;
     Inside& operator=(const Inside&) = delete;
     static bool now() { return now_; }
+    static void leave() { now_ = false; }
 
   private:
     static inline bool now_ = false;
+    bool before_;
 };
 
 class Block {

@@ -1,5 +1,6 @@
 #include "fault.h"
 
+#include <pthread.h>
 #include <ucontext.h>
 
 #include <cstdio>
@@ -15,6 +16,7 @@ constexpr int kCount = sizeof(kSignals) / sizeof(kSignals[0]);
 constexpr size_t kStackBytes = size_t(1) << 18;
 
 struct sigaction before[kCount];
+pthread_t launching;
 
 const void* code_of(const void* context) {
 #if defined(__x86_64__)
@@ -28,7 +30,7 @@ const void* code_of(const void* context) {
 
 void handle(int signal, siginfo_t* info, void* context) {
     Block& block = tim::emulator::block();
-    if (!block.running()) {
+    if (!block.running() || !pthread_equal(launching, pthread_self())) {
         for (int i = 0; i < kCount; ++i)
             if (kSignals[i] == signal) sigaction(signal, &before[i], nullptr);
         return;  // to the instruction that trapped, which traps again
@@ -52,6 +54,7 @@ void handle(int signal, siginfo_t* info, void* context) {
 }  // namespace
 
 FaultHandler::FaultHandler() : stack_(kStackBytes) {
+    launching = pthread_self();
     stack_t stack = {};
     stack.ss_sp = stack_.data();
     stack.ss_size = stack_.size();

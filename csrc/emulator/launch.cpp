@@ -127,7 +127,19 @@ cudaError_t cudaGetDevice(int* number) {
 }
 
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
-    *value = attribute == cudaDevAttrMultiProcessorCount ? device().multiprocessors
-                                                         : device().shared_bytes;
-    return cudaSuccess;
+    switch (attribute) {
+        case cudaDevAttrMultiProcessorCount:
+            *value = device().multiprocessors;
+            return cudaSuccess;
+        case cudaDevAttrMaxSharedMemoryPerBlockOptin:
+            *value = device().shared_bytes;
+            return cudaSuccess;
+        case cudaDevAttrComputeCapabilityMajor:
+            *value = 8;
+            return cudaSuccess;
+        case cudaDevAttrComputeCapabilityMinor:
+            *value = 0;
+            return cudaSuccess;
+    }
+    return tim::emulator::remember(cudaErrorInvalidValue, "an unknown attribute of the device");
 }

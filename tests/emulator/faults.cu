@@ -9,7 +9,7 @@ namespace {
 constexpr int kThreads = 64;
 
 // Each thread hands its value to the next one through shared memory, around the block.
-enum class Pass { kHealthy, kNoBarrier, kUnwritten, kOutOfBounds, kWarpBarrier };
+enum class Pass { kHealthy, kNoBarrier, kUnwritten, kOutOfBounds, kWarpBarrier, kOverwrite };
 
 template <Pass fault>
 __global__ void pass_on(const float* in, float* out) {
@@ -22,6 +22,26 @@ __global__ void pass_on(const float* in, float* out) {
     } else if (fault != Pass::kNoBarrier) {
         barrier();
     }
+    out[i] = slots[i];
+    if (fault == Pass::kOverwrite) slots[i ^ 1] = 0.0f;
+}
+
+// The same within a warp, back and forth.
+enum class Swap { kHealthy, kNoWarpBarrier, kHalfWarpBarrier, kOverwrite };
+
+template <Swap fault>
+__global__ void swap_within_warp(const float* in, float* out) {
+    const int i = threadIdx.x, other = i ^ 16;
+    float* const slots = shared_memory();
+    slots[i] = in[i];
+    if (fault == Swap::kHalfWarpBarrier) {
+        __syncwarp(lane() < 16 ? 0xffffu : 0xffff0000u);
+    } else if (fault != Swap::kNoWarpBarrier) {
+        __syncwarp();
+    }
+    const float value = slots[other];
+    if (fault != Swap::kOverwrite) __syncwarp();
+    slots[i] = value + 1.0f;
     out[i] = slots[i];
 }
 
@@ -51,7 +71,7 @@ __global__ void group_sum(const float* in, float* out) {
 }
 
 // Reverses the array through its neighbours in global memory.
-enum class Reverse { kHealthy, kBeyondEnd, kBeforeStart, kMisaligned, kRace, kReadOnly };
+enum class Reverse { kHealthy, kBeyondEnd, kBeforeStart, kMisaligned, kRace, kInPlace, kReadOnly };
 
 template <Reverse fault>
 __global__ void reverse(const float* in, float* out) {
@@ -64,6 +84,12 @@ __global__ void reverse(const float* in, float* out) {
         out[i] = in[n - 1 - i];
         barrier();
         out[i] = load_global(out + i);
+        return;
+    }
+    if (fault == Reverse::kInPlace) {
+        const float value = out[n - 1 - i];
+        barrier();
+        out[i] = value;
         return;
     }
     const int from = fault == Reverse::kBeyondEnd     ? n - i
@@ -147,6 +173,11 @@ const std::vector<TestKernel>& faults() {
         {"pass_on_unwritten", pass_on<Pass::kUnwritten>, 1, kThreads, kSlots},
         {"pass_on_out_of_bounds", pass_on<Pass::kOutOfBounds>, 1, kThreads, kSlots},
         {"pass_on_warp_barrier", pass_on<Pass::kWarpBarrier>, 1, kThreads, kSlots},
+        {"pass_on_overwrite", pass_on<Pass::kOverwrite>, 1, kThreads, kSlots},
+        {"swap", swap_within_warp<Swap::kHealthy>, 1, kThreads, kSlots},
+        {"swap_no_warp_barrier", swap_within_warp<Swap::kNoWarpBarrier>, 1, kThreads, kSlots},
+        {"swap_half_warp_barrier", swap_within_warp<Swap::kHalfWarpBarrier>, 1, kThreads, kSlots},
+        {"swap_overwrite", swap_within_warp<Swap::kOverwrite>, 1, kThreads, kSlots},
         {"group_sum", group_sum<Sum::kHealthy>, 1, kThreads, 0},
         {"group_sum_width", group_sum<Sum::kWidth>, 1, kThreads, 0},
         {"group_sum_no_power", group_sum<Sum::kNoPower>, 1, kThreads, 0},
@@ -159,6 +190,7 @@ const std::vector<TestKernel>& faults() {
         {"reverse_before_start", reverse<Reverse::kBeforeStart>, 3, kThreads, 0},
         {"reverse_misaligned", reverse<Reverse::kMisaligned>, 3, kThreads, 0},
         {"reverse_race", reverse<Reverse::kRace>, 3, kThreads, 0},
+        {"reverse_in_place", reverse<Reverse::kInPlace>, 3, kThreads, 0},
         {"reverse_read_only", reverse<Reverse::kReadOnly>, 3, kThreads, 0},
         {"meet", meet<Meet::kHealthy>, 1, kThreads, 0},
         {"meet_early_exit", meet<Meet::kEarlyExit>, 1, kThreads, 0},

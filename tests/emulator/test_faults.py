@@ -1,5 +1,7 @@
 """What the emulator finds: small kernels with a planted fault each, and the same without it."""
 
+import re
+
 import pytest
 import torch
 from emulated import SANITIZE, module
@@ -8,6 +10,7 @@ THREADS = 64
 #: Kernel, blocks, what it computes.
 HEALTHY = {
     "pass_on": (1, lambda x: x.roll(1)),
+    "swap": (1, lambda x: x.view(-1, 2, 16).flip(1).flatten() + 1),
     "group_sum": (1, lambda x: x.view(-1, 16).sum(1).repeat_interleave(16)),
     "reverse": (3, lambda x: x.flip(0)),
     "meet": (1, lambda x: x),
@@ -26,6 +29,11 @@ FAULTS = {
     r"bounds, at offset 256 of the block's 256 bytes",
     "pass_on_warp_barrier": r"thread \(0, 0, 0\) reads 4 bytes .*: a race with thread "
     r"\(63, 0, 0\), as no barrier lies between",
+    "pass_on_overwrite": r"thread \(0, 0, 0\) writes 4 bytes .*: a race with thread \(1, 0, 0\)|"
+    r"thread \(1, 0, 0\) reads 4 bytes .*: a race with thread \(0, 0, 0\)",
+    "swap_no_warp_barrier": "the block has not written there",
+    "swap_half_warp_barrier": r"a race with thread \(\d+, 0, 0\)|has not written there",
+    "swap_overwrite": r"thread \(\d+, 0, 0\) writes 4 bytes .*: a race with thread \(\d+, 0, 0\)",
     "group_sum_no_power": "width must be a power of two up to 32, got 24",
     "group_sum_lanes_differ": "__shfl_down_sync of width 16 where lane 0 has width 8",
     "group_sum_lane_missing": "__shfl_down_sync with lane 7 in its mask, which has ended",
@@ -39,6 +47,8 @@ FAULTS = {
     "of 8",
     "reverse_race": r"block \(1, 0, 0\), thread \(0, 0, 0\) writes 4 bytes .*: a race with block "
     r"\(0, 0, 0\) of the same launch",
+    "reverse_in_place": r"block \(2, 0, 0\), thread \(0, 0, 0\) reads 4 bytes .*: a race with "
+    r"block \(0, 0, 0\) of the same launch",
     "reverse_read_only": "this launch has written there, which the read-only path may not see",
     "meet_early_exit": r"thread \(0, 0, 0\) waits at a barrier .* for ever: thread \(40, 0, 0\) "
     "has ended",
@@ -112,6 +122,24 @@ def test_a_planted_fault_is_found_in_any_order(kernels, name) -> None:
     # After an error the device works on.
     x, out = run(kernels, "reverse")
     assert torch.equal(out, x.flip(0)), message
+
+
+@pytest.mark.skipif(SANITIZE == "ON", reason="the sanitizers look for other faults")
+def test_a_seed_chooses_an_order() -> None:
+    kernels = module("tim_test_kernels")
+
+    def first_race(seed: int) -> str:
+        kernels.set_device(order=seed)
+        with pytest.raises(RuntimeError, match=": a race with block") as error:
+            run(kernels, "reverse_race")
+        return re.sub(r"0x\w+", "", str(error.value))
+
+    try:
+        assert len({first_race(seed) for seed in range(1, 9)}) > 4
+        assert first_race(5) == first_race(5)
+    finally:
+        kernels.set_device()
+        kernels.set_memory([])
 
 
 @pytest.mark.parametrize("name", REFUSALS)

@@ -35,6 +35,10 @@ def adaln_sizes() -> list[tuple]:
     return [(1, 3, hidden) for hidden in (8, 72, 1152, 1160, 2049, 4096, 8184, 8191, 8192)]
 
 
+def test_every_operation_with_kernels_is_here() -> None:
+    assert {contract.name for contract in CONTRACTS.values()} == set(KERNEL_OPS)
+
+
 #: Beside those of tests/ops.
 SIZES = {
     # Pieces: a part of one, whole ones and a rest, more than warps, which then take a new row.
