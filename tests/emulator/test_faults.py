@@ -33,7 +33,7 @@ FAULTS = {
     r"thread \(1, 0, 0\) reads 4 bytes .*: a race with thread \(0, 0, 0\)",
     "swap_no_warp_barrier": "the block has not written there",
     "swap_half_warp_barrier": r"a race with thread \(\d+, 0, 0\)|has not written there",
-    "swap_overwrite": r"thread \(\d+, 0, 0\) writes 4 bytes .*: a race with thread \(\d+, 0, 0\)",
+    "swap_overwrite": r"thread \(\d+, 0, 0\) (reads|writes) 4 bytes .*: a race with thread",
     "group_sum_no_power": "width must be a power of two up to 32, got 24",
     "group_sum_lanes_differ": "__shfl_down_sync of width 16 where lane 0 has width 8",
     "group_sum_lane_missing": "__shfl_down_sync with lane 7 in its mask, which has ended",
