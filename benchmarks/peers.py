@@ -9,6 +9,7 @@ the same weights, and tests/bench/test_bench_peers.py holds the two to the same 
 
 from __future__ import annotations
 
+import copy
 import functools
 import math
 from collections.abc import Callable
@@ -16,9 +17,11 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.profiler import record_function
 
 from tim.bench.step import TRANSPORT, Setup, StepCandidate
 from tim.models import TiMConfig
+from tim.step import PHASES
 
 EPSILON = 0.005
 
@@ -55,7 +58,9 @@ class Attention(nn.Module):
         self.q_norm, self.k_norm = (nn.LayerNorm(config.head_dim) for _ in range(2))
         self.proj = nn.Linear(width, width)
 
-    def forward(self, x: Tensor, interval: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+    def forward(
+        self, x: Tensor, interval: Tensor, rope: tuple[Tensor, Tensor], plain: bool
+    ) -> Tensor:
         batch, tokens, width = x.shape
         qkv = self.qkv(x)
         if hasattr(self, "qkv_d"):
@@ -64,7 +69,11 @@ class Attention(nn.Module):
         q, k, v = qkv.unbind(0)
         q = rotated(self.q_norm(q), *rope).to(v.dtype)
         k = rotated(self.k_norm(k), *rope).to(v.dtype)
-        out = F.scaled_dot_product_attention(q, k, v)
+        if plain:
+            scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
+            out = scores.softmax(dim=-1) @ v
+        else:
+            out = F.scaled_dot_product_attention(q, k, v)
         return self.proj(out.transpose(1, 2).reshape(batch, tokens, width))
 
 
@@ -87,10 +96,12 @@ class Block(nn.Module):
         inner = config.lora_hidden_size or width // 4 * 3
         self.adaLN_modulation = SwiGLU(width, inner, 6 * width)
 
-    def forward(self, x: Tensor, condition: Tensor, interval: Tensor, rope: tuple) -> Tensor:
+    def forward(
+        self, x: Tensor, condition: Tensor, interval: Tensor, rope: tuple, plain: bool
+    ) -> Tensor:
         modulation = self.adaLN_modulation(condition).chunk(6, dim=-1)
         shift, scale, gate = modulation[:3]
-        x = x + gate * self.attn(modulated(x, shift, scale), interval, rope)
+        x = x + gate * self.attn(modulated(x, shift, scale), interval, rope, plain)
         shift, scale, gate = modulation[3:]
         return x + gate * self.mlp(modulated(x, shift, scale))
 
@@ -114,7 +125,10 @@ class PlainTiM(nn.Module):
         self.final_layer.linear = nn.Linear(width, patch * patch * config.in_channels)
         self.final_layer.adaLN_modulation = SwiGLU(width, width // 2, 2 * width)
 
-    def forward(self, x: Tensor, t: Tensor, r: Tensor, y: Tensor) -> Tensor:
+    def forward(
+        self, x: Tensor, t: Tensor, r: Tensor, y: Tensor, plain_attention: bool = False
+    ) -> Tensor:
+        """`plain_attention` stores the scores: fused attention has no forward-mode rule."""
         patch = self.config.patch_size
         rows, columns = x.shape[2] // patch, x.shape[3] // patch
         rope = rope_tables(rows, columns, self.config.head_dim, x.device)
@@ -124,7 +138,7 @@ class PlainTiM(nn.Module):
         condition = t_embedder(t)[:, None] + interval
         condition = condition + self.y_embedder.embedding_table(y)[:, None]
         for block in self.blocks:
-            x = block(x, condition, interval, rope)
+            x = block(x, condition, interval, rope, plain_attention)
         shift, scale = self.final_layer.adaLN_modulation(condition).chunk(2, dim=-1)
         x = self.final_layer.linear(modulated(x, shift, scale))
         x = x.reshape(len(x), rows, columns, patch, patch, -1)
@@ -146,8 +160,14 @@ def rope_tables(
     return angles.cos(), angles.sin()
 
 
-def public_objective(model: nn.Module, setup: Setup) -> tuple[Tensor, Tensor]:
-    """The loss with central differences, and dF; transport ot_fm, time weight sqrt of tan."""
+def public_objective(
+    model: nn.Module, setup: Setup, derivative: str = "dde"
+) -> tuple[Tensor, Tensor]:
+    """The loss and dF; transport ot_fm, time weight sqrt of tan.
+
+    dF by central differences, or by torch.func.jvp in a pass of its own without gradient: both as
+    the public code has them.
+    """
     x, z, y = setup.x, setup.z, setup.y
     n = len(x) // 2
     t, r = (times[:, None, None, None] for times in (setup.t, setup.r))
@@ -156,31 +176,75 @@ def public_objective(model: nn.Module, setup: Setup) -> tuple[Tensor, Tensor]:
         return (1 - t) * x + t * z
 
     prediction = model(noised(x, z, t), t.flatten(), r.flatten(), y)
-    derivative = torch.zeros_like(x)
+    dF = torch.zeros_like(x)
     with torch.no_grad():
 
-        def neighbour(t: Tensor) -> Tensor:
-            return model(noised(x[n:], z[n:], t), t.flatten(), r[n:].flatten(), y[n:])
+        def network(x: Tensor, t: Tensor, r: Tensor, **options: bool) -> Tensor:
+            return model(x, t.flatten(), r.flatten(), y[n:], **options)
 
-        ahead, behind = neighbour(t[n:] + EPSILON), neighbour(t[n:] - EPSILON)
-        derivative[n:] = ahead / (2 * EPSILON) - behind / (2 * EPSILON)
-        target = z - x - (t - r) * derivative
+        if derivative == "jvp":
+            tail = noised(x[n:], z[n:], t[n:]), t[n:], r[n:]
+            tangents = z[n:] - x[n:], torch.ones_like(t[n:]), torch.zeros_like(r[n:])
+            plain = functools.partial(network, plain_attention=True)
+            dF[n:] = torch.func.jvp(plain, tail, tangents)[1]
+        else:
+            ahead, behind = (
+                network(noised(x[n:], z[n:], t[n:] + e), t[n:] + e, r[n:])
+                for e in (EPSILON, -EPSILON)
+            )
+            dF[n:] = ahead / (2 * EPSILON) - behind / (2 * EPSILON)
+        target = z - x - (t - r) * dF
     denoising = (prediction - target).square().mean(dim=(1, 2, 3))
     denoising = denoising + (1 - F.cosine_similarity(prediction, target, dim=1)).mean(dim=(1, 2))
     weight = (torch.tan(setup.t) - torch.tan(setup.r) + TRANSPORT.sigma_d).rsqrt()
     weight[:n] = 1
-    return (weight / (denoising.detach() + 1e-5) * denoising).mean(), derivative
+    return (weight / (denoising.detach() + 1e-5) * denoising).mean(), dF
+
+
+class PublicStep:
+    """A training step arranged as the public code has it, but with the fused AdamW."""
+
+    def __init__(self, setup: Setup) -> None:
+        self.setup = setup
+        self.model = PlainTiM(setup.model.config).to(setup.x.device)
+        self.model.load_state_dict(setup.model.state_dict())
+        self.average = copy.deepcopy(self.model).requires_grad_(False)
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=0.0, fused=True)
+
+    def objective(self, network: Callable, derivative: str) -> tuple[Tensor, Tensor]:
+        with self.setup.autocast():
+            return public_objective(network, self.setup, derivative)
+
+    def take(self, network: Callable, derivative: str) -> None:
+        with record_function(PHASES[0]):
+            loss, _ = self.objective(network, derivative)
+        with record_function(PHASES[1]):
+            loss.backward()
+        with record_function(PHASES[2]):
+            nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        with record_function(PHASES[3]):
+            self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=True)
+        with record_function(PHASES[4]), torch.no_grad():
+            pairs = zip(self.average.parameters(), self.model.parameters(), strict=True)
+            for average, parameter in pairs:
+                average.mul_(0.9999).add_(parameter, alpha=1e-4)
+
+    def candidate(self, network: Callable, derivative: str) -> StepCandidate:
+        return StepCandidate(
+            functools.partial(self.objective, network, derivative),
+            functools.partial(self.take, network, derivative),
+        )
 
 
 def peers(setup: Setup, compiled: bool) -> dict[str, StepCandidate]:
     """The public step, eager and (when asked for) with torch.compile of its network."""
-    model = PlainTiM(setup.model.config).to(setup.x.device)
-    model.load_state_dict(setup.model.state_dict())
-
-    def candidate(network: Callable) -> StepCandidate:
-        return StepCandidate(lambda: public_objective(network, setup), model)
-
-    found = {"public dde": candidate(model)}
+    public = PublicStep(setup)
+    found = {
+        f"public {derivative}": public.candidate(public.model, derivative)
+        for derivative in ("dde", "jvp")
+    }
     if compiled:
-        found["public dde, compiled"] = candidate(torch.compile(model, dynamic=False))
+        network = torch.compile(public.model, dynamic=False)
+        found["public dde, compiled"] = public.candidate(network, "dde")
     return found

@@ -106,6 +106,17 @@ def targets(transport, tensors, config, dtype):
     return plain, combine(guided, x, z, dF, F_cond, F_null)
 
 
+@pytest.mark.parametrize("name", TRANSPORTS)
+def test_the_derivative_of_c_noise(name):
+    transport = transports.get(name)
+    t = torch.linspace(transport.T_min + 0.01, transport.T_max, 9, dtype=torch.float64)
+    expected = torch.func.jvp(transport.c_noise, (t,), (torch.ones_like(t),))[1]
+    torch.testing.assert_close(transport.c_noise_derivative(t), expected)
+    # Of a transport that does not give it, it is computed.
+    generic = transports.Transport.c_noise_derivative(transport, t)
+    torch.testing.assert_close(generic, expected)
+
+
 @pytest.mark.parametrize("name", [name for name in TRANSPORTS if name != "edm"])
 @dtypes
 def test_step_and_targets_match_golden(name, dtype):

@@ -33,13 +33,9 @@ class Network:
         self, x: Tensor, t: Tensor, r: Tensor, y: Tensor, v: Tensor
     ) -> tuple[Tensor, Tensor | None, Tensor]:
         """F and h, and dF of the last samples, those of v, by a model that takes tangents."""
-        last = t[len(t) - len(v) :]
-        c_noise = self.transport.c_noise
-        _, t_time = torch.func.jvp(c_noise, (last,), (torch.ones_like(last),))
-        out = self.model(
-            x, c_noise(t), c_noise(r), y, return_features=self.with_features, tangents=(v, t_time)
-        )
-        F, *h, dF = out
+        times = self.transport.c_noise(t), self.transport.c_noise(r)
+        tangents = v, self.transport.c_noise_derivative(t[len(t) - len(v) :])
+        F, *h, dF = self.model(x, *times, y, return_features=self.with_features, tangents=tangents)
         return F, h[0] if h else None, dF
 
     def derivative(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from typing import Literal
@@ -79,9 +80,17 @@ class TransitionLossOutput:
     weight: Tensor  #: [B], time weight / (denoising + 1e-5)
     projection: Tensor  #: scalar, mean of 1 - cos(h, features); 0 without features
     target: Tensor  #: [B, C, H, W]
-    derivative: Tensor  #: [B, C, H, W], dF; 0 for the diffusion part
     t: Tensor  #: [B]
     r: Tensor  #: [B]
+    tail_derivative: Tensor | None  #: dF of the samples behind the diffusion part, if there are any
+
+    @functools.cached_property
+    def derivative(self) -> Tensor:
+        """[B, C, H, W], dF; 0 for the diffusion part."""
+        derivative = torch.zeros_like(self.target)
+        if self.tail_derivative is not None:
+            derivative[len(derivative) - len(self.tail_derivative) :] = self.tail_derivative
+        return derivative
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -236,18 +245,15 @@ class TransitionLoss:
             time_weight=self._time_weights(t, r, n),
             cosine=self.cosine,
         )
-        derivative = torch.zeros_like(terms.target)
-        if dF is not None:
-            derivative[n:] = dF
         return TransitionLossOutput(
             loss=terms.loss.mean(),
             denoising=terms.denoising,
             weight=terms.weight,
             projection=_projection_loss(h, features, terms.loss),
             target=terms.target,
-            derivative=derivative,
             t=t,
             r=r,
+            tail_derivative=dF,
         )
 
     def draw_times(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -265,10 +271,13 @@ class TransitionLoss:
 
     def _time_weights(self, t: Tensor, r: Tensor, n: int) -> Tensor:
         apply = TIME_WEIGHT_MAPS[self.time_weight_map]
-        # t = r = 1 is infinity minus infinity under the sigmoid map.
-        delta = torch.where(t > r, apply(t) - apply(r), 0)
+        delta = apply(t) - apply(r)
+        if self.time_weight_map == "sigmoid":
+            # t = r = 1 is infinity minus infinity.
+            delta = torch.where(t > r, delta, 0)
         weights = TIME_WEIGHTS[self.time_weight](delta, self.transport.sigma_d)
-        return torch.cat([torch.ones_like(t[:n]), weights[n:]])
+        weights[:n] = 1
+        return weights
 
     def _predict_guidance(
         self, ema_model: Callable, x_t: Tensor, t: Tensor, y: Tensor, null: Tensor

@@ -15,6 +15,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.autograd.profiler import record_function
 
 from tim.config import RunConfig, TrainConfig
 from tim.data import Batch
@@ -24,6 +25,8 @@ from tim.objective import TransitionLoss
 
 #: What `TrainingStep.run` returns, in this order.
 VALUES = ("loss", "denoising", "projection", "grad_norm")
+#: Parts of a step, as profiles name them.
+PHASES = ("forward and derivative", "backward", "norm", "optimizer", "average")
 
 
 class Inputs(NamedTuple):
@@ -96,15 +99,24 @@ class TrainingStep:
         change.
         """
         self.optimizer.zero_grad(set_to_none=True)
-        sums = self._backward(self.inputs[0])
-        for inputs in self.inputs[1:]:
-            sums = sums + self._backward(inputs)
-        gradients = [p.grad for p in self.parameters if p.grad is not None]
-        norm = nn.utils.get_total_norm(gradients)
-        values = torch.cat([sums, norm.view(1)])
-        skip = (~values.isfinite().all()).float()
-        self._update(norm, skip)
-        self.ema.update(self.model, self.ema_weight, skip)
+        parts = [self._backward(inputs) for inputs in self.inputs]
+        with record_function(PHASES[2]):
+            gradients = [p.grad for p in self.parameters if p.grad is not None]
+            norm = nn.utils.get_total_norm(gradients)
+            means = torch.stack(parts).mean(0) if len(parts) > 1 else parts[0]
+            values = torch.cat([means, norm.view(1)])
+            # Infinity times zero is not zero.
+            skip = ((values * 0).sum() != 0).float()
+            clip = self.config.train.clip_norm
+            scale = (norm / clip).clamp(min=1) if clip > 0 else None
+        with record_function(PHASES[3]):
+            # The names under which torch.amp's gradient scaler talks to fused optimizers: gradients
+            # are divided by the one, and a step for which the other is 1 changes nothing. So
+            # clipping and skipping are part of the optimizer's one pass over the weights.
+            self.optimizer.grad_scale, self.optimizer.found_inf = scale, skip
+            self.optimizer.step()
+        with record_function(PHASES[4]):
+            self.ema.update(self.model, self.ema_weight, skip)
         return values
 
     def load_state_dict(self, state: dict) -> None:
@@ -134,10 +146,13 @@ class TrainingStep:
         return tensor.pin_memory().to(self.device, non_blocking=True)
 
     def _backward(self, inputs: Inputs) -> Tensor:
-        """Add the gradient of one part; returns its shares of loss, denoising and projection."""
+        """Add the gradient of one part; returns its loss, denoising error and projection loss."""
         config = self.config
         bf16 = config.train.precision == "bf16"
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=bf16):
+        with (
+            record_function(PHASES[0]),
+            torch.autocast(self.device.type, torch.bfloat16, enabled=bf16),
+        ):
             out = self.loss(
                 self.model,
                 inputs.x,
@@ -150,21 +165,12 @@ class TrainingStep:
                 ema_model=self.ema.model if config.objective.guidance.enabled else None,
                 features=inputs.features,
             )
-        share = 1 / config.train.accumulate
-        total = out.loss
-        if inputs.features is not None:
-            total = total + config.objective.projection_weight * out.projection
-        (total * share).backward()
-        return share * torch.stack([total, out.denoising.mean(), out.projection]).detach()
-
-    def _update(self, norm: Tensor, skip: Tensor) -> None:
-        """The optimizer's step: clipping and skipping are done in its one pass over the weights."""
-        clip = self.config.train.clip_norm
-        # The names under which torch.amp's gradient scaler talks to fused optimizers: gradients are
-        # divided by the one, and a step for which the other is 1 leaves everything as it is.
-        self.optimizer.grad_scale = ((norm + 1e-6) / clip).clamp(min=1) if clip > 0 else None
-        self.optimizer.found_inf = skip
-        self.optimizer.step()
+            total = out.loss
+            if inputs.features is not None:
+                total = total + config.objective.projection_weight * out.projection
+        with record_function(PHASES[1]):
+            total.backward(torch.full_like(total, 1 / config.train.accumulate))
+        return torch.stack([total, out.denoising.mean(), out.projection]).detach()
 
 
 def learning_rate(step: int, train: TrainConfig) -> float:

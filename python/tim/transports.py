@@ -79,6 +79,10 @@ class Transport:
         """What the network is given for the time t."""
         raise NotImplementedError
 
+    def c_noise_derivative(self, t: Tensor) -> Tensor:
+        """Derivative of c_noise in t."""
+        return torch.func.jvp(self.c_noise, (t,), (torch.ones_like(t),))[1]
+
     def sample_t(
         self,
         batch: int,
@@ -178,6 +182,9 @@ class FlowMatching(_LogNormal):
     def c_noise(self, t: Tensor) -> Tensor:
         return t
 
+    def c_noise_derivative(self, t: Tensor) -> Tensor:
+        return torch.ones_like(t)
+
     def _time_of_ratio(self, ratio: Tensor) -> Tensor:
         return ratio / (1 + ratio)
 
@@ -224,6 +231,9 @@ class TrigFlow(_LogNormal):
 
     def c_noise(self, t: Tensor) -> Tensor:
         return t
+
+    def c_noise_derivative(self, t: Tensor) -> Tensor:
+        return torch.ones_like(t)
 
     def _time_of_ratio(self, ratio: Tensor) -> Tensor:
         return ratio.atan()
@@ -273,6 +283,9 @@ class EDM(_LogNormal):
 
     def c_noise(self, t: Tensor) -> Tensor:
         return t.log() / 4
+
+    def c_noise_derivative(self, t: Tensor) -> Tensor:
+        return 0.25 / t
 
     def _time_of_ratio(self, ratio: Tensor) -> Tensor:
         return ratio
@@ -337,6 +350,9 @@ class VariancePreserving(Transport):
     def c_noise(self, t: Tensor) -> Tensor:
         return (self.num_timesteps - 1) * t
 
+    def c_noise_derivative(self, t: Tensor) -> Tensor:
+        return torch.full_like(t, self.num_timesteps - 1)
+
     def _draw(self, shape: tuple[int], **options) -> Tensor:
         return self.T_min + (self.T_max - self.T_min) * torch.rand(shape, **options)
 
@@ -370,6 +386,9 @@ class VarianceExploding(Transport):
 
     def c_noise(self, t: Tensor) -> Tensor:
         return (0.5 * t).log()
+
+    def c_noise_derivative(self, t: Tensor) -> Tensor:
+        return 1 / t
 
     def _draw(self, shape: tuple[int], **options) -> Tensor:
         return self.T_min * (self.T_max / self.T_min) ** torch.rand(shape, **options)

@@ -1,8 +1,9 @@
 """The training step: exact derivative against finite difference, kernels against references.
 
-Every candidate works on the same weights, images, noise and times, and takes loss, backward pass
-and AdamW update (with learning rate 0, so that the weights stay what they are). The first one is
-the exact derivative on kernels, the package's default.
+Every candidate works on the same weights, images, noise and times, and takes a whole step: forward
+pass, derivative, loss, backward pass, clipping, AdamW update (with learning rate 0, so that the
+weights stay what they are) and averaging of the weights. The first one is the exact derivative on
+kernels, the package's default.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from tim import ops, transports
 from tim.bench.machine import name_of
@@ -21,8 +22,11 @@ from tim.bench.memory import peak_bytes
 from tim.bench.problem import relative_error
 from tim.bench.report import Candidate, Row
 from tim.bench.timing import compare
+from tim.config import RunConfig, TrainConfig
+from tim.ema import EMA
 from tim.models import ARCHITECTURES, TiM, TiMConfig
 from tim.objective import TransitionLoss
+from tim.step import Inputs, TrainingStep
 
 TRANSPORT = transports.get("ot_fm", P_mean=-0.4)
 
@@ -98,6 +102,19 @@ class Setup:
             return nullcontext()
         return torch.autocast(self.x.device.type, self.dtype)
 
+    def training_step(self) -> TrainingStep:
+        """The trainer's step on this batch; its learning rate is 0 until somebody sets it."""
+        precision = {torch.float32: "float32", torch.bfloat16: "bf16"}.get(self.dtype)
+        if precision is None:
+            raise ValueError(f"training steps are in float32 or bfloat16, got {self.dtype}")
+        train = TrainConfig(batch_size=len(self.x), precision=precision)
+        config = RunConfig(preset="bench", model=self.model.config, train=train)
+        step = TrainingStep(self.model, EMA(self.model), self.loss("jvp"), config)
+        null = self.model.null_condition(len(self.y))
+        step.inputs = [Inputs(self.x, self.z, self.y, self.y, null, self.t, self.r, None)]
+        step.ema_weight.fill_(1e-4)
+        return step
+
     def exact_derivative(self) -> Tensor:
         """dF in float64."""
         model = TiM(self.model.config).to(self.x.device, torch.float64)
@@ -113,11 +130,18 @@ class Setup:
 
 @dataclass(frozen=True)
 class StepCandidate:
-    """`objective()` gives the loss to differentiate and the network's time derivative."""
+    """`objective()` gives loss and time derivative of the network, `take()` takes a whole step."""
 
     objective: Callable[[], tuple[Tensor, Tensor]]
-    model: nn.Module
+    take: Callable[[], object]
     context: Callable = nullcontext
+
+    def step(self) -> Callable[[], object]:
+        def step() -> object:
+            with self.context():
+                return self.take()
+
+        return step
 
 
 #: Other implementations of the same step, by name.
@@ -134,16 +158,15 @@ def measure_step(
     if peers is not None:
         candidates |= peers(setup, settings.compile)
     exact = setup.exact_derivative()
-    steps: dict[str, Callable[[], Tensor]] = {}
+    steps: dict[str, Callable[[], object]] = {}
     errors, peaks, notes = {}, {}, []
-    optimizers: dict[nn.Module, torch.optim.Optimizer] = {}
     for name, candidate in candidates.items():
-        model = candidate.model
-        if model not in optimizers:
-            optimizers[model] = torch.optim.AdamW(model.parameters(), lr=0.0, fused=True)
-        step = training_step(candidate, setup, optimizers[model])
         try:
-            errors[name] = relative_error([step().detach()], [exact])
+            with candidate.context():
+                _, derivative = candidate.objective()
+            errors[name] = relative_error([derivative.detach()], [exact])
+            step = candidate.step()
+            step()
             peaks[name], steps[name] = peak_bytes(step, device), step
         except torch.OutOfMemoryError as error:
             if not steps:
@@ -167,36 +190,25 @@ def measure_step(
 
 
 def own_candidates(setup: Setup) -> dict[str, StepCandidate]:
-    """Both derivatives, on kernels and on the PyTorch references."""
+    """Both derivatives, on kernels and on the PyTorch references: the trainer's own step."""
+    step = setup.training_step()
 
-    def objective(derivative: str) -> Callable[[], tuple[Tensor, Tensor]]:
+    def candidate(derivative: str, context: Callable) -> StepCandidate:
         loss = setup.loss(derivative)
 
-        def evaluate() -> tuple[Tensor, Tensor]:
-            out = loss(setup.model, *setup.batch)
+        def objective() -> tuple[Tensor, Tensor]:
+            with setup.autocast():
+                out = loss(setup.model, *setup.batch)
             return out.loss, out.derivative
 
-        return evaluate
+        def take() -> Tensor:
+            step.loss = loss
+            return step.run()
+
+        return StepCandidate(objective, take, context)
 
     return {
-        f"{derivative}{suffix}": StepCandidate(objective(derivative), setup.model, context)
+        f"{derivative}{suffix}": candidate(derivative, context)
         for derivative in ("jvp", "dde")
         for suffix, context in (("", nullcontext), (", references", ops.reference_only))
     }
-
-
-def training_step(
-    candidate: StepCandidate, setup: Setup, optimizer: torch.optim.Optimizer
-) -> Callable[[], Tensor]:
-    """A function that takes one step and returns the derivative it used."""
-
-    def step() -> Tensor:
-        with candidate.context():
-            with setup.autocast():
-                loss, derivative = candidate.objective()
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-        return derivative
-
-    return step

@@ -174,6 +174,7 @@ def _setup(ctx, inputs: tuple, output: Tensor) -> None:
     x, weights, biases, dtype = inputs
     ctx.save_for_backward(x, *weights)
     ctx.biased, ctx.dtype = bool(biases), dtype
+    ctx.set_materialize_grads(False)
 
 
 def _tangent_setup(ctx, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
@@ -182,7 +183,9 @@ def _tangent_setup(ctx, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
     ctx.mark_non_differentiable(output[1])
 
 
-def _gradient(ctx, grad: Tensor, *_: Tensor | None) -> tuple:
+def _gradient(ctx, grad: Tensor | None, *_: Tensor | None) -> tuple:
+    if grad is None:
+        return (None,) * 4
     x, *weights = ctx.saved_tensors
     dispatch.refuse_tangents("the backward of grouped_linear", grad, x)
     d_x, d_weights, d_biases = _grouped_linear_backward(grad, x, weights, ctx.biased, ctx.dtype)

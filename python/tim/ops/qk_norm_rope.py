@@ -191,6 +191,7 @@ def _save(ctx, qkv: Tensor, others: tuple, output: tuple[Tensor, ...]) -> None:
     ctx.save_for_backward(qkv, q_weight, k_weight, cos, sin)
     ctx.eps = eps
     ctx.parameter_dtypes = [p.dtype for p in (q_weight, q_bias, k_weight, k_bias)]
+    ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*output[3:])
 
 
@@ -202,8 +203,13 @@ def _tangent_setup(ctx, inputs: tuple, output: tuple[Tensor, ...]) -> None:
     _save(ctx, inputs[0], inputs[2:], output)
 
 
-def _gradient(ctx, g_q: Tensor, g_k: Tensor, g_v: Tensor, *_: Tensor) -> tuple:
+def _gradient(ctx, *gradients: Tensor | None) -> tuple:
     qkv, q_weight, k_weight, cos, sin = ctx.saved_tensors
+    if all(gradient is None for gradient in gradients[:3]):
+        return (None,) * 8
+    g_q, g_k, g_v = (
+        qkv.new_zeros(_sizes(qkv)) if gradient is None else gradient for gradient in gradients[:3]
+    )
     dispatch.refuse_tangents("the backward of qk_norm_rope", g_q, g_k, g_v, qkv)
     d_qkv, *d_parameters = _qk_norm_rope_backward(
         g_q, g_k, g_v, qkv, q_weight, k_weight, cos, sin, ctx.eps
@@ -212,7 +218,7 @@ def _gradient(ctx, g_q: Tensor, g_k: Tensor, g_v: Tensor, *_: Tensor) -> tuple:
     return d_qkv, *d_parameters, None, None, None
 
 
-def _tangent_gradient(ctx, *gradients: Tensor) -> tuple:
+def _tangent_gradient(ctx, *gradients: Tensor | None) -> tuple:
     d_qkv, *rest = _gradient(ctx, *gradients)
     return d_qkv, None, *rest
 

@@ -141,11 +141,14 @@ def _first(gate: Tensor, *tangents: Tensor | None) -> int:
 
 def _setup(ctx, inputs: tuple, output: Tensor | tuple[Tensor, Tensor]) -> None:
     ctx.save_for_backward(inputs[0], inputs[1])
+    ctx.set_materialize_grads(False)
     if isinstance(output, tuple):
         ctx.mark_non_differentiable(output[1])
 
 
-def _gradient(ctx, grad: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+def _gradient(ctx, grad: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+    if grad is None:
+        return (None,) * len(ctx.needs_input_grad)
     gate, up = ctx.saved_tensors
     dispatch.refuse_tangents("the backward of swiglu", grad, gate, up)
     gradients = _swiglu_backward(grad, gate, up)

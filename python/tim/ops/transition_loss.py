@@ -70,11 +70,14 @@ def transition_loss(
     if time_weight is None:
         time_weight = torch.ones(F.shape[0], device=F.device)
     d_minus = terms[1]
-    # Six columns for six tensors: the central difference is c_d / (2 epsilon) and its negative.
-    c_x, c_z, c_d, c_cond, c_null = coefficients.unbind(1)
-    if d_minus is not None:
+    # Six columns for six tensors: the central difference is c_d / (2 epsilon) and its negative,
+    # and without one the fourth column is for nobody.
+    if d_minus is None:
+        table = torch.cat((coefficients[:, :3], coefficients[:, 2:]), dim=1)
+    else:
+        c_x, c_z, c_d, c_cond, c_null = coefficients.unbind(1)
         c_d = c_d / (2 * epsilon)
-    table = torch.stack((c_x, c_z, c_d, -c_d, c_cond, c_null), dim=1)
+        table = torch.stack((c_x, c_z, c_d, -c_d, c_cond, c_null), dim=1)
     data_dtype = torch.promote_types(F.dtype, torch.promote_types(x.dtype, z.dtype))
     x, z = x.to(data_dtype), z.to(data_dtype)
     network = [None if term is None else term.detach().to(F.dtype) for term in terms]
@@ -237,10 +240,13 @@ def _setup(ctx, inputs: tuple, output: tuple[Tensor, ...]) -> None:
     _, denoising, weight, target = output
     ctx.save_for_backward(inputs[0], weight, target)
     ctx.cosine = inputs[-1]
+    ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(denoising, weight, target)
 
 
-def _gradient(ctx, g_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+def _gradient(ctx, g_loss: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+    if g_loss is None:
+        return (None,) * 10
     F, weight, target = ctx.saved_tensors
     dispatch.refuse_tangents("the backward of transition_loss", g_loss, F)
     gradient = _transition_loss_backward(g_loss * weight, F, target, ctx.cosine)
