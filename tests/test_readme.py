@@ -40,6 +40,10 @@ def test_commands_and_presets_exist():
             assert rest[0] in PRESETS, line
 
 
-def test_files_it_names_exist():
+def test_files_and_headings_it_names_exist():
     for target in re.findall(r"\]\((?!http)([^)]+)\)", README.read_text()):
-        assert (README.parent / target).is_file(), target
+        name, _, anchor = target.partition("#")
+        path = README.parent / name
+        assert path.is_file(), target
+        headings = re.findall(r"^#+ (.+)$", path.read_text(), re.MULTILINE) if anchor else []
+        assert not anchor or anchor in {h.lower().replace(" ", "-") for h in headings}, target
