@@ -44,6 +44,11 @@ def main(arguments: Sequence[str] | None = None, peers: Peers | None = None) -> 
 
     `peers` adds other implementations to the comparison of training steps.
     """
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if arguments[:1] == ["launches"]:
+        from tim.bench.launch_report import main as count_launches
+
+        return count_launches(arguments[1:], peers)
     parser = _parser()
     options = parser.parse_args(arguments)
     device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -56,7 +61,7 @@ def main(arguments: Sequence[str] | None = None, peers: Peers | None = None) -> 
     with _own_stream(device):
         dtypes = [DTYPES[name] for name in dict.fromkeys(case.dtype for case in cases)]
         run = {
-            "command": " ".join(["tim bench", *(sys.argv[1:] if arguments is None else arguments)]),
+            "command": " ".join(["tim bench", *arguments]),
             "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
             "seconds": options.seconds,
             "limits": machine.limits(device, dtypes, options.seconds),
@@ -162,7 +167,7 @@ def _parser() -> argparse.ArgumentParser:
         "names",
         nargs="*",
         metavar="NAME",
-        help=f"{', '.join(OPERATION_NAMES)} (all of these), or step",
+        help=f"{', '.join(OPERATION_NAMES)} (all of these), step, or launches",
     )
     add("--device", choices=("cpu", "cuda"), help="cuda where there is one")
     add("--sizes", type=_listed(), metavar="SIZE,...", help="all that the device has")
