@@ -32,7 +32,9 @@ DIRECTIONS = ("forward", "backward", "tangent")
 
 def adaln_sizes() -> list[tuple]:
     """Hidden sizes up to the largest: one row per warp and several warps, odd and even packs."""
-    return [(1, 3, hidden) for hidden in (8, 72, 1152, 1160, 2049, 4096, 8184, 8191, 8192)]
+    hidden_sizes = (8, 72, 1152, 1160, 2049, 4096, 8184, 8191, 8192)
+    # More samples than rows of a grid.
+    return [*((1, 3, hidden) for hidden in hidden_sizes), (5, 2, 136)]
 
 
 def test_every_operation_with_kernels_is_here() -> None:
@@ -54,7 +56,11 @@ SIZES = {
         (3, 37, 2, 16),
     ],
     # One position, a pack and some, more than a block's; channels for one group and for all.
-    "transition_loss": [(2, 3, 1, 1, 2), (2, 5, 3, 17, 1), (1, 80, 2, 4, 1), (1, 2, 90, 52, 1)],
+    # More samples than rows of a grid.
+    "transition_loss": [
+        *((2, 3, 1, 1, 2), (2, 5, 3, 17, 1), (1, 80, 2, 4, 1), (1, 2, 90, 52, 1)),
+        (5, 9, 3, 7, 2),
+    ],
     "transition_loss_difference": [(2, 3, 1, 1, 2), (2, 5, 3, 17, 1), (1, 80, 2, 4, 1)],
 }
 
