@@ -28,7 +28,7 @@ LAYERS = (
     ("schedule",),
     ("_passes", "derivative", "objective", "sampler"),
     ("autoencoder", "text"),
-    ("config", "data", "checkpoint", "ema", "frechet", "grid", "run_log", "step"),
+    ("config", "data", "checkpoint", "ema", "frechet", "graphs", "grid", "run_log", "step"),
     ("presets", "trainer", "evaluate", "bench"),
     ("cli", "commands", "encode", "info", "__main__"),
 )

@@ -200,6 +200,8 @@ class TrainConfig:
     """Largest gradient norm; 0 turns clipping off."""
     precision: Literal["float32", "bf16"] = "float32"
     """bf16 runs the network under autocast; weights stay float32."""
+    cuda_graph: bool = False
+    """Launch a step as one CUDA graph: for steps whose kernels are too short for the host."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass."""
     ema_decay: float = 0.9999

@@ -20,6 +20,7 @@ from torch.autograd.profiler import record_function
 from tim.config import RunConfig, TrainConfig
 from tim.data import Batch
 from tim.ema import EMA, ema_weight
+from tim.graphs import Replayed, copied_into
 from tim.models import TiM
 from tim.objective import TransitionLoss
 
@@ -70,8 +71,14 @@ class TrainingStep:
             eps=train.adam_eps,
             weight_decay=train.weight_decay,
             fused=True,
+            capturable=train.cuda_graph,
         )
-        self.inputs: list[Inputs] = []
+        self.inputs: list[Inputs] | None = None
+        #: Whether inputs are copied to where the first ones are.
+        self.static = train.cuda_graph
+        self._run = self._steps
+        if train.cuda_graph:
+            self._run = Replayed(self._steps, self.device, "train.cuda_graph")
 
     def load(self, batch: Batch, step: int) -> None:
         """Prepare step number `step` (from 0) on a batch of `train.batch_size` images."""
@@ -89,7 +96,8 @@ class TrainingStep:
         size = train.batch_size // train.accumulate
         parts = [slice(part * size, (part + 1) * size) for part in range(train.accumulate)]
         pieces = [Batch(*(None if v is None else v[rows] for v in batch)) for rows in parts]
-        self.inputs = [self._draw(piece, step, part) for part, piece in enumerate(pieces)]
+        inputs = [self._draw(piece, step, part) for part, piece in enumerate(pieces)]
+        self.inputs = copied_into(self.inputs, inputs) if self.static else inputs
 
     def run(self) -> Tensor:
         """Take the step; returns its `VALUES` [4] on the device.
@@ -98,6 +106,9 @@ class TrainingStep:
         values is not finite, neither the weights, nor their averages, nor the optimizer's state
         change.
         """
+        return self._run()
+
+    def _steps(self) -> Tensor:
         self.optimizer.zero_grad(set_to_none=True)
         parts = [self._backward(inputs) for inputs in self.inputs]
         with record_function(PHASES[2]):
@@ -123,7 +134,7 @@ class TrainingStep:
         """State of the optimizer, as a checkpoint holds it."""
         self.optimizer.load_state_dict(state)
         for group in self.optimizer.param_groups:
-            group["lr"] = self.lr
+            group["lr"], group["capturable"] = self.lr, self.config.train.cuda_graph
 
     def _draw(self, piece: Batch, step: int, part: int) -> Inputs:
         # All draws of this part follow from this seed.

@@ -28,6 +28,7 @@ from tim.checkpoint import (
 from tim.config import RunConfig, differences
 from tim.data import Batch, BatchOrder, Dataset, batches, build_dataset
 from tim.ema import EMA
+from tim.graphs import check_device
 from tim.grid import image_grid, pixels_of, save_picture
 from tim.models import TiM
 from tim.run_log import RunLog, peak_memory_gb
@@ -38,7 +39,7 @@ from tim.step import VALUES, TrainingStep, learning_rate
 CHANGEABLE = (
     "train.steps", "train.checkpoint_every", "train.keep", "train.log_every", "train.sample_every",
     "train.tensorboard", "train.max_bad_steps", "train.device", "train.gradient_checkpointing",
-    "sample.", "data.path", "data.workers", "data.cache_gb",
+    "train.cuda_graph", "sample.", "data.path", "data.workers", "data.cache_gb",
 )  # fmt: skip
 #: Most steps between two reads of the device.
 READ_EVERY = 50
@@ -86,6 +87,8 @@ class Trainer:
         self.config = config
         train = config.train
         self.device = pick_device(train.device)
+        if train.cuda_graph:
+            check_device(self.device, "train.cuda_graph")
         seed_everything(train.seed)
         self.model = TiM(config.model).to(self.device)
         self.model.gradient_checkpointing = train.gradient_checkpointing
