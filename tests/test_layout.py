@@ -29,7 +29,7 @@ LAYERS = (
     ("_passes", "derivative", "objective", "sampler"),
     ("autoencoder", "text"),
     ("config", "data", "checkpoint", "ema", "frechet", "graphs", "grid", "run_log", "step"),
-    ("presets", "trainer", "evaluate", "bench"),
+    ("pipeline", "presets", "trainer", "evaluate", "bench"),
     ("cli", "commands", "encode", "info", "__main__"),
 )
 

@@ -5,6 +5,7 @@ tp = tim.transports.get("ot_fm")               how noise and data mix
 loss = tim.TransitionLoss(transport=tp)        the objective, with the exact time derivative
 images = tim.sample(model, y, noise, steps=4, transport=tp)
 model = tim.load("run directory | file.safetensors | hub/name")
+pipe = tim.TiMPipeline.from_weights("hub/name")      prompts or labels to pictures, with diffusers
 """
 
 from importlib import import_module
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
     from tim import ops, transports
     from tim.models import TiM, TiMConfig, load
     from tim.objective import TransitionLoss
+    from tim.pipeline import TiMPipeline
     from tim.sampler import sample
 
 __version__ = "0.1.0"
@@ -21,6 +23,7 @@ __version__ = "0.1.0"
 __all__ = [
     "TiM",
     "TiMConfig",
+    "TiMPipeline",
     "TransitionLoss",
     "__version__",
     "load",
@@ -32,6 +35,7 @@ __all__ = [
 _MODULES = {
     "TiM": "tim.models",
     "TiMConfig": "tim.models",
+    "TiMPipeline": "tim.pipeline",
     "TransitionLoss": "tim.objective",
     "load": "tim.models",
     "sample": "tim.sampler",

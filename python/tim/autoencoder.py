@@ -35,7 +35,9 @@ def load_autoencoder(
         ) from None
     if not (hasattr(model, "encode") and hasattr(model, "decode")):
         raise ValueError(f"vae must be an autoencoder, got a {type(model).__name__} in {name}")
-    return model.to(device=device, dtype=dtype).eval().requires_grad_(False)
+    if model.dtype != dtype:
+        model = model.to(dtype)
+    return model.to(device).eval().requires_grad_(False)
 
 
 def downsampling(vae: nn.Module) -> int:
@@ -55,11 +57,9 @@ def statistics(vae: nn.Module) -> tuple[Tensor, Tensor]:
     TiM were trained with; others bring a shift or values per channel.
     """
     config = vae.config
-    parameter = next(vae.parameters())
 
     def per_channel(value: Any) -> Tensor:
-        value = torch.as_tensor(value, dtype=torch.float32, device=parameter.device)
-        return value.reshape(1, -1, 1, 1)
+        return torch.as_tensor(value, dtype=torch.float32).reshape(1, -1, 1, 1)
 
     mean = getattr(config, "latents_mean", None)
     if mean is None:
@@ -97,7 +97,7 @@ def encode(
         z = distribution.sample(generator) if posterior == "sample" else distribution.mode()
     else:
         z = encoded.latent if hasattr(encoded, "latent") else encoded.latents
-    mean, std = statistics(vae)
+    mean, std = (value.to(z.device) for value in statistics(vae))
     return (z.float() - mean) / std
 
 
@@ -114,7 +114,7 @@ def decode(vae: nn.Module, latents: Tensor) -> Tensor:
             f"latents must have shape [B, {channels}, H, W] (the autoencoder's channels), "
             f"got {list(latents.shape)}"
         )
-    mean, std = statistics(vae)
+    mean, std = (value.to(latents.device) for value in statistics(vae))
     z = latents.float() * std + mean
     return vae.decode(z.to(next(vae.parameters()).dtype)).sample.float()
 

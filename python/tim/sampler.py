@@ -76,25 +76,6 @@ def sample(
     times = _times(transport, steps, schedule, shift)
     # The first and the last step are never noisy.
     noisy = _noise_source(noise, max(len(times) - 3, 0), stochasticity, generator, step_noise)
-    # A step on an edge of the interval is outside it, whatever the rounding of its time.
-    low, high = cfg_interval[0] + 1e-9, cfg_interval[1] - 1e-9
-    time_dtype = torch.promote_types(noise.dtype, torch.float32)
-
-    def predict(x: Tensor, t: Tensor, r: Tensor) -> Tensor:
-        guided = cfg_scale > 1 and low < t / transport.T_max < high
-        x, condition = x.to(noise.dtype), y
-        if guided:
-            x, condition = torch.cat([x, x]), torch.cat([y, null.to(y)])
-        c_t, c_r = (
-            torch.full((len(x),), transport.c_noise(time).item(), dtype=time_dtype, device=x.device)
-            for time in (t, t if diffusion else r)
-        )
-        F = model(x, c_t, c_r, condition).double()
-        if guided:
-            F_cond, F_null = F.chunk(2)
-            F = F_null + cfg_scale * (F_cond - F_null)
-        return F
-
     T_max = torch.tensor(transport.T_max, dtype=torch.float64)
     x = noise.double() * transport.interpolant(T_max)[1]
     states = [x.to(noise.dtype)]
@@ -102,7 +83,10 @@ def sample(
         # Times stay on the CPU: choosing what to do at a step never waits for the device.
         for i in _progress(range(len(times) - 1), progress):
             t, r = times[i], times[i + 1]
-            F = predict(x, t, r)
+            F = predict(
+                model, x.to(noise.dtype), t, t if diffusion else r, y, transport=transport,
+                null=null, cfg_scale=cfg_scale, cfg_interval=cfg_interval,
+            )  # fmt: skip
             if stochasticity > 0 and 0 < i < len(times) - 2:
                 x = transport.stochastic_step(x, t, r, F, stochasticity, next(noisy).double())
             else:
@@ -110,6 +94,39 @@ def sample(
             if return_trajectory:
                 states.append(x.to(noise.dtype))
     return torch.stack(states) if return_trajectory else x.to(noise.dtype)
+
+
+def predict(
+    model: Callable[..., Tensor],
+    x: Tensor,
+    t: Tensor,
+    r: Tensor,
+    y: Tensor,
+    *,
+    transport: Transport,
+    null: Tensor | None = None,
+    cfg_scale: float = 1.0,
+    cfg_interval: tuple[float, float] = (0.0, 1.0),
+) -> Tensor:
+    """The network's prediction of one step from t to r (scalars), guided where t asks for it.
+
+    Returns F [B, C, H, W] in float64. Arguments as for `sample`.
+    """
+    # A step on an edge of the interval is outside it, whatever the rounding of its time.
+    low, high = cfg_interval[0] + 1e-9, cfg_interval[1] - 1e-9
+    guided = cfg_scale > 1 and low < t / transport.T_max < high
+    if guided:
+        x, y = torch.cat([x, x]), torch.cat([y, null.to(y)])
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    c_t, c_r = (
+        torch.full((len(x),), transport.c_noise(time).item(), dtype=dtype, device=x.device)
+        for time in (t, r)
+    )
+    F = model(x, c_t, c_r, y).double()
+    if guided:
+        F_cond, F_null = F.chunk(2)
+        F = F_null + cfg_scale * (F_cond - F_null)
+    return F
 
 
 def _times(

@@ -177,7 +177,7 @@ def _padding_out_of_attention(model: nn.Module, mask: Tensor) -> Iterator[None]:
     ]
 
     def clear(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        return inputs[0] * mask[:, :, None].to(inputs[0].dtype), *inputs[1:]
+        return inputs[0] * mask[:, :, None].to(inputs[0]), *inputs[1:]
 
     handles = [module.register_forward_pre_hook(clear) for module in projections]
     try:

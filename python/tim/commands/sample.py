@@ -1,66 +1,221 @@
-"""`tim sample RUN`"""
+"""`tim sample SOURCE`"""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import os
+import re
+import sys
+import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Literal
 
 import tyro
 
 from tim.cli import parse
-from tim.config import IntList, RunConfig
+from tim.config import IntList, RunConfig, SampleConfig
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from tim.pipeline import TiMPipeline
+
+#: Guidance of text models where none is asked for; what the paper's text-to-image samples have.
+TEXT_CFG_SCALE = 2.5
 
 
 @dataclass(frozen=True)
 class Sample:
-    """Draw samples from the averaged weights of a run: a row for each number of steps, all rows
-    from the same noise. What is not given is taken from the run's configuration."""
+    """Draw samples: a row for each number of steps, all rows from the same noise.
 
-    run: tyro.conf.Positional[Path]
-    """Run directory."""
-    steps: IntList | None = None
-    """Numbers of steps, e.g. 1,2,4,8,32."""
-    out: Path | None = None
-    """Picture to write; by default samples/ in the run directory."""
-    seed: int | None = None
-    """Seed of the noise."""
+    SOURCE is a run (its averaged weights are taken, and from its configuration what is not given),
+    or anything else tim.load reads: a weight file, a hub id such as GoodEnough/TiM-T2I, or a saved
+    pipeline. Latents and prompts need the extra t2i."""
+
+    source: tyro.conf.Positional[str]
+    """Run directory, weight file, hub id or pipeline."""
+    prompt: tuple[str, ...] = ()
+    """What to show, for a text model: one or more prompts, a column each."""
     classes: IntList | None = None
     """Class of each column, e.g. 0,1,2."""
+    steps: IntList | None = None
+    """Numbers of steps, e.g. 1,2,4,8,32."""
+    size: str | None = None
+    """Width and height in pixels, e.g. 1024x768; by default those trained on."""
     cfg_scale: float | None = None
-    """Guidance scale; 1 is none."""
+    """Guidance scale; 1 is none. By default the run's, or 2.5 with prompts and 1 without."""
+    cfg_interval: tuple[float, float] | None = None
+    """Guide where low < t < high, as shares of the largest time."""
+    negative_prompt: str | None = None
+    """What guidance leads away from; by default the empty prompt."""
+    seed: int | None = None
+    """Seed of the noise."""
+    shift: float | None = None
+    """Shift of the times; by default as the network was trained."""
+    out: Path | None = None
+    """Picture to write; by default samples/ in the run directory, or the working directory."""
+    preset: str | None = None
+    """Architecture of a weight file that does not tell its own, e.g. tim-xl2-256."""
+    vae: str | None = None
+    """Autoencoder of a network on latents: a folder or hub id of diffusers."""
+    text_encoder: str | None = None
+    """Text encoder of a text model: a folder or hub id of transformers."""
+    tile: int | None = None
+    """Decode pictures larger than this in tiles of this side; by default 2048 for autoencoders of
+    factor 32 and 1024 for others."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Of the network and the text encoder; auto is bfloat16 on a GPU."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
 
 
 def main(arguments: list[str]) -> int:
     command = parse(Sample, "tim sample", arguments, config=(tyro.conf.DisallowNone,))
-    config = RunConfig.load(command.run / "config.yaml")
-    asked = {name: getattr(command, name) for name in ("steps", "seed", "cfg_scale")}
-    changes = {name: value for name, value in asked.items() if value is not None}
-    config = dataclasses.replace(config, sample=dataclasses.replace(config.sample, **changes))
+    size = parse_size(command.size)
+    run = Path(command.source)
+    saved = run / "config.yaml"
+    config = RunConfig.load(saved) if saved.is_file() else None
+    settings = _settings(command, config)
 
-    from tim.data import to_uint8
     from tim.grid import image_grid, picture_format, save_picture
+
+    name = f"steps-{'-'.join(map(str, settings.steps))}.png"
+    out = command.out or (run / "samples" / name if config is not None else Path(name))
+    picture_format(out)
+    if config is not None and _is_plain(command, config):
+        rows = _rows_of_run(command, dataclasses.replace(config, sample=settings))
+    else:
+        with _cut_captions_in_one_line():
+            rows = _rows_of_pipeline(command, settings, config, size)
+    single = len(rows) == 1 and len(rows[0]) == 1
+    picture = _picture(rows[0][0]) if single else image_grid(rows, settings.steps)
+    save_picture(picture, out)
+    print(out)
+    return 0
+
+
+def parse_size(text: str | None) -> tuple[int, int] | None:
+    """(width, height) of "1024x768". Raises ValueError for anything else."""
+    if text is None:
+        return None
+    match = re.fullmatch(r"(\d+)x(\d+)", text.lower())
+    if match is None or "0" in (match[1], match[2]):
+        raise ValueError(f"size must be WIDTHxHEIGHT in pixels, e.g. 1024x768, got {text!r}")
+    return int(match[1]), int(match[2])
+
+
+def _is_plain(command: Sample, config: RunConfig) -> bool:
+    """Whether the run models pixels by class, so that nothing but the network is needed."""
+    asked = (command.prompt, command.size, command.vae, command.text_encoder, command.shift)
+    return (
+        config.model.in_channels in (1, 3)
+        and config.model.num_classes is not None
+        and not any(asked)
+    )
+
+
+def _settings(command: Sample, config: RunConfig | None) -> SampleConfig:
+    names = ("steps", "seed", "cfg_scale", "cfg_interval")
+    asked = {n: v for n in names if (v := getattr(command, n)) is not None}
+    if config is not None:
+        return dataclasses.replace(config.sample, **asked)
+    scale = TEXT_CFG_SCALE if command.prompt else 1.0
+    return SampleConfig(**{"steps": (1, 4, 16), "cfg_scale": scale, "columns": 1, **asked})
+
+
+def _rows_of_run(command: Sample, config: RunConfig) -> list:
+    from tim.data import to_uint8
     from tim.models import load
     from tim.trainer import pick_device, sample_rows
 
-    steps = config.sample.steps
-    out = command.out or command.run / "samples" / f"steps-{'-'.join(map(str, steps))}.png"
-    picture_format(out)
-    if config.model.in_channels not in (1, 3):
-        raise ValueError(
-            f"{command.run} was trained on latents of {config.model.in_channels} channels, a "
-            "picture has 1 or 3: decode what tim.sample returns"
-        )
     device = pick_device(command.device)
-    model = load(command.run, device=device)
+    model = load(command.source, device=device)
     known = config.model.num_classes
     classes = list(command.classes or [i % known for i in range(config.sample.columns)])
     for label in classes:
         if not 0 <= label < known:
             raise ValueError(f"classes must be in 0 .. {known - 1}, got {label}")
-    rows = [to_uint8(x) for x in sample_rows(model, config, classes, device)]
-    save_picture(image_grid(rows, steps), out)
-    print(out)
-    return 0
+    return [to_uint8(x) for x in sample_rows(model, config, classes, device)]
+
+
+def _rows_of_pipeline(
+    command: Sample,
+    settings: SampleConfig,
+    config: RunConfig | None,
+    size: tuple[int, int] | None,
+) -> list:
+    import torch
+
+    from tim.pipeline import open_pipeline
+    from tim.trainer import pick_device
+
+    device = pick_device(command.device)
+    dtype = command.dtype if command.dtype != "auto" else None
+    if dtype is None:
+        dtype = "bfloat16" if device.type == "cuda" else "float32"
+    pipe = open_pipeline(
+        command.source,
+        dtype=getattr(torch, dtype),
+        preset=command.preset,
+        vae=command.vae,
+        text_encoder=command.text_encoder,
+    )
+    condition = _condition(command, settings, pipe)
+    width, height = size or (None, None)
+    if pipe.vae is not None:
+        pipe.enable_vae_tiling(command.tile)
+    pipe.to(device)
+    pipe.set_progress_bar_config(disable=not os.isatty(2))
+    rows = []
+    for steps in settings.steps:
+        # Drawn on the CPU, so that a seed means the same pictures on every device.
+        pictures = pipe(
+            **condition,
+            height=height,
+            width=width,
+            num_inference_steps=steps,
+            guidance_scale=settings.cfg_scale,
+            guidance_interval=settings.cfg_interval,
+            generator=torch.Generator().manual_seed(settings.seed),
+            shift=command.shift,
+            output_type="pt",
+        ).images
+        rows.append((pictures.cpu() * 255).round().to(torch.uint8).permute(0, 2, 3, 1))
+    return rows
+
+
+def _condition(command: Sample, settings: SampleConfig, pipe: TiMPipeline) -> dict[str, object]:
+    classes = pipe.network.config.num_classes
+    if classes is None:
+        if not command.prompt or command.classes:
+            raise ValueError(f"{command.source} is a text model: give --prompt and no --classes")
+        return {"prompt": list(command.prompt), "negative_prompt": command.negative_prompt}
+    if command.prompt or command.negative_prompt:
+        raise ValueError(f"{command.source} takes class labels: give --classes and no prompts")
+    return {"class_labels": list(command.classes or [i % classes for i in range(settings.columns)])}
+
+
+def _picture(pixels) -> Image.Image:
+    from PIL import Image
+
+    array = pixels.numpy()
+    return Image.fromarray(array[..., 0] if array.shape[-1] == 1 else array)
+
+
+@contextlib.contextmanager
+def _cut_captions_in_one_line() -> Iterator[None]:
+    """Tells of captions that are cut without the place in the source that Python adds."""
+    with warnings.catch_warnings():
+        plain = warnings.showwarning
+
+        def show(message, category, *rest) -> None:
+            if category is UserWarning and " captions have more than " in str(message):
+                print(f"tim sample: {message}", file=sys.stderr)
+            else:
+                plain(message, category, *rest)
+
+        warnings.showwarning = show
+        yield

@@ -21,6 +21,9 @@ from tim.models.tim import TiM
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 AVERAGE_FILE = "ema.safetensors"
+#: A pipeline of diffusers, and what it calls the weights of its `transformer`.
+PIPELINE_FILE = "model_index.json"
+WEIGHTS_FILES = (WEIGHTS_FILE, "diffusion_pytorch_model.safetensors")
 CHECKPOINT_FILES = (WEIGHTS_FILE, AVERAGE_FILE, "state.pt")
 PICKLED = (".bin", ".pt", ".pth")
 LISTED_KEYS = 8
@@ -41,7 +44,8 @@ def load(
         source: one of
             - a run directory: config.yaml, and ema.safetensors of its newest complete
               checkpoint;
-            - a directory written by `save_pretrained`: config.json and model.safetensors;
+            - a directory written by `save_pretrained`: config.json and model.safetensors, or of a
+              whole `TiMPipeline`;
             - a weight file, .safetensors or PyTorch's .bin, .pt, .pth (read with weights_only: no
               code in it is run);
             - a hub repository "owner/name" written by `push_to_hub`, or one weight file of it,
@@ -120,8 +124,11 @@ def fetch(repository: str, file: str, **options: Any) -> Path:
 def _from_directory(path: Path, preset: str | None) -> tuple[TiMConfig | None, Path]:
     import yaml
 
+    if (path / PIPELINE_FILE).is_file():
+        path = path / "transformer"
     if (path / CONFIG_FILE).is_file():
-        return _json_config(path / CONFIG_FILE), path / WEIGHTS_FILE
+        weights = next((n for n in WEIGHTS_FILES if (path / n).is_file()), WEIGHTS_FILE)
+        return _json_config(path / CONFIG_FILE), path / weights
     if not (path / "config.yaml").is_file():
         return None, path / _release_in(path, preset).file
     with _damage(path / "config.yaml"):
@@ -158,16 +165,26 @@ def checkpoints(folder: Path) -> list[Path]:
     return sorted(whole, key=lambda path: int(path.name))
 
 
-def _from_hub(name: str, preset: str | None) -> tuple[TiMConfig | None, Path]:
+def hub_name(name: str) -> tuple[str, str]:
+    """Repository "owner/name" and file ("" for none) of a hub id.
+
+    Raises FileNotFoundError for what can only be meant as a path: the hub's client retries for half
+    a minute when out of reach.
+    """
     owner, _, rest = name.partition("/")
     repository, _, file = rest.partition("/")
-    # The hub's client retries for half a minute when out of reach: no need to ask for a path.
-    looks_like_path = name.startswith((".", "/", "~")) or (
-        not file and repository.endswith((*PICKLED, ".safetensors"))
+    looks_like_path = (
+        name.startswith((".", "/", "~"))
+        or (not file and repository.endswith((*PICKLED, ".safetensors")))
+        or Path(owner).is_dir()
     )
     if not repository or looks_like_path or Path(name).is_absolute():
         raise FileNotFoundError(f"{name} is neither a file, a directory nor a hub id owner/name")
-    repository = f"{owner}/{repository}"
+    return f"{owner}/{repository}", file
+
+
+def _from_hub(name: str, preset: str | None) -> tuple[TiMConfig | None, Path]:
+    repository, file = hub_name(name)
     if file:
         path = fetch(repository, file)
         return _metadata_config(path), path
@@ -201,7 +218,8 @@ def _json_config(path: Path) -> TiMConfig:
 def _config(values: object, origin: Path) -> TiMConfig:
     if not isinstance(values, Mapping):
         raise ValueError(f"{origin} is damaged: its configuration is no mapping")
-    return TiMConfig.from_dict(values)
+    # A component of a pipeline keeps its architecture beside entries of diffusers.
+    return TiMConfig.from_dict(values.get("architecture", values))
 
 
 @contextmanager
