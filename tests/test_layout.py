@@ -27,7 +27,7 @@ LAYERS = (
     ("transports",),
     ("schedule",),
     ("_passes", "derivative", "objective", "sampler"),
-    ("autoencoder", "text"),
+    ("autoencoder", "repa", "text"),
     ("config", "data", "checkpoint", "ema", "frechet", "graphs", "grid", "run_log", "step"),
     ("pipeline", "presets", "trainer", "evaluate", "bench"),
     ("cli", "commands", "encode", "info", "__main__"),
