@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 import yaml
 
+from tim._flags import comma_separated_ints
 from tim.config import (
     DataConfig,
     ObjectiveConfig,
@@ -12,7 +13,6 @@ from tim.config import (
     SampleConfig,
     TrainConfig,
     TransportConfig,
-    comma_separated_ints,
     differences,
     from_dict,
     to_dict,

@@ -21,7 +21,7 @@ PLACES = {
 WITHOUT_KERNELS = {"attention"}
 #: Lowest first; a module may import from its own layer and those below it. Every module is in one.
 LAYERS = (
-    ("_checks", "_extension"),
+    ("_checks", "_extension", "_flags"),
     ("ops",),
     ("models",),
     ("transports",),

@@ -24,9 +24,7 @@ from typing import (
     get_type_hints,
 )
 
-import tyro
-import yaml
-
+from tim._flags import Hidden, IntList
 from tim.models import TiMConfig
 
 if TYPE_CHECKING:
@@ -34,27 +32,6 @@ if TYPE_CHECKING:
     from tim.transports import Transport
 
 T = TypeVar("T")
-
-
-def comma_separated_ints(text: str) -> tuple[int, ...]:
-    """(1, 2, 4) of "1,2,4"; ValueError for anything else."""
-    try:
-        return tuple(int(item) for item in text.split(","))
-    except ValueError:
-        raise ValueError(f"expected whole numbers with commas between them, got {text!r}") from None
-
-
-#: A tuple of ints that is one word on the command line: `--steps 1,2,4`.
-IntList = Annotated[
-    tuple[int, ...],
-    tyro.constructors.PrimitiveConstructorSpec(
-        nargs=1,
-        metavar="INT,INT,...",
-        instance_from_str=lambda words: comma_separated_ints(words[0]),
-        is_instance=lambda value: isinstance(value, tuple),
-        str_from_instance=lambda value: [",".join(map(str, value))],
-    ),
-]
 
 
 @dataclass(frozen=True)
@@ -263,7 +240,7 @@ class SampleConfig:
 class RunConfig:
     """All there is to know about a run."""
 
-    preset: tyro.conf.Suppress[str]
+    preset: Hidden
     model: TiMConfig
     transport: TransportConfig = field(default_factory=TransportConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
@@ -273,6 +250,8 @@ class RunConfig:
 
     def save(self, path: str | os.PathLike) -> None:
         """Write the configuration as YAML; a reader never sees half of it."""
+        import yaml
+
         path = Path(path)
         temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
         temporary.write_text(yaml.safe_dump(to_dict(self), sort_keys=False))
@@ -285,6 +264,8 @@ class RunConfig:
         Raises FileNotFoundError, and ValueError (file and field named) for anything that is not a
         RunConfig.
         """
+        import yaml
+
         try:
             values = yaml.safe_load(Path(path).read_text())
         except yaml.YAMLError as error:

@@ -33,13 +33,15 @@ def test_every_operation_is_measured_and_has_a_script() -> None:
 @pytest.mark.parametrize("script", sorted(SCRIPTS.glob("bench_*.py")), ids=lambda path: path.stem)
 def test_scripts_run_their_own_benchmark(script, monkeypatch, capsys) -> None:
     monkeypatch.syspath_prepend(SCRIPTS)
-    monkeypatch.setattr(sys, "argv", [script.name, "--sizes", "no such size"])
+    one = script.stem == "bench_launches"
+    option, message = ("--size", "must be one of") if one else ("--sizes", "must be among")
+    monkeypatch.setattr(sys, "argv", [script.name, option, "no such size"])
     with pytest.raises(SystemExit) as stop:
         runpy.run_path(str(script), run_name="__main__")
     assert stop.value.code == 2
     known = capsys.readouterr().err
-    assert "--sizes must be among" in known
-    assert ("digits" in known) == (script.stem == "bench_step")
+    assert f"{option} {message}" in known
+    assert ("digits" in known) == (script.stem in ("bench_step", "bench_launches"))
 
 
 def test_an_unknown_operation_is_named() -> None:

@@ -60,5 +60,5 @@ def test_the_peer_takes_the_same_step(setup) -> None:
 
 
 def test_peers_are_compiled_only_when_asked(setup) -> None:
-    assert list(peers(setup, False)) == ["public dde"]
-    assert list(peers(setup, True)) == ["public dde", "public dde, compiled"]
+    assert list(peers(setup, False)) == ["public dde", "public jvp"]
+    assert list(peers(setup, True)) == ["public dde", "public jvp", "public dde, compiled"]

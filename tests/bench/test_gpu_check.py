@@ -51,7 +51,7 @@ def find_pybind11(folder: Path) -> subprocess.CompletedProcess:
 def test_needs_torch_and_numpy_alone():
     code = """
 import sys
-for name in ("yaml", "safetensors", "huggingface_hub"):
+for name in ("yaml", "tyro", "safetensors", "huggingface_hub"):
     sys.modules[name] = None
 import tim.bench.step
 from tim import models

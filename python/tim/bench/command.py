@@ -11,13 +11,14 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
 import torch
 
 from tim.bench import machine, report, table
 from tim.bench.cases import DIRECTIONS, OPERATIONS, operations_of
 from tim.bench.measure import Settings, measure
+from tim.bench.parser import Parser
 from tim.bench.report import Row
 
 if TYPE_CHECKING:
@@ -150,15 +151,8 @@ def _listed(choices: Sequence[str] | None = None) -> Callable[[str], tuple[str, 
     return parse
 
 
-class _Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line, as the other commands do."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
-
-
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+    parser = Parser(
         prog="tim bench",
         description="Measure operations and training steps against PyTorch, both in one run.",
     )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import datetime
 from collections import Counter
 from collections.abc import Sequence
@@ -12,6 +11,7 @@ import torch
 
 from tim.bench import machine, report, table
 from tim.bench.launches import count_launches
+from tim.bench.parser import Parser
 from tim.bench.step import STEP_SIZES, Peers, Setup, StepSize, own_candidates
 from tim.models import ARCHITECTURES
 
@@ -50,7 +50,7 @@ def main(arguments: Sequence[str], peers: Peers | None = None) -> int:
     """Count and print; 0. `peers` adds other implementations."""
     options = _parser().parse_args(arguments)
     device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    sizes = [s for s in LAUNCH_SIZES[device.type] if s.name in (options.size or s.name)]
+    sizes = [s for s in LAUNCH_SIZES[device.type] if options.size in (None, s.name)]
     if not sizes:
         known = "; ".join(size.name for size in LAUNCH_SIZES[device.type])
         _parser().error(f"--size must be one of {known}, got {options.size!r}")
@@ -109,8 +109,8 @@ def _document(device: torch.device, arguments: Sequence[str], counts: Sequence[C
     return {"schema": report.SCHEMA, "machine": facts, "runs": [run], "launches": rows}
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="tim bench launches", description=__doc__)
+def _parser() -> Parser:
+    parser = Parser(prog="tim bench launches", description=__doc__)
     parser.add_argument("--device", choices=("cpu", "cuda"), help="cuda where there is one")
     parser.add_argument("--size", help="one of the sizes (all)")
     parser.add_argument("--json", metavar="FILE", help="write all counts by operation there")

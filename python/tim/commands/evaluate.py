@@ -7,8 +7,8 @@ from pathlib import Path
 
 import tyro
 
+from tim._flags import IntList
 from tim.cli import parse
-from tim.config import IntList
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Literal
 
 import tyro
 
+from tim._flags import IntList
 from tim.cli import parse
-from tim.config import IntList, RunConfig, SampleConfig
+from tim.config import RunConfig, SampleConfig
 
 if TYPE_CHECKING:
     from PIL import Image
