@@ -1,6 +1,6 @@
 // The kernels of kernels.h as functions of a Python module, under their names.
 //
-// Pointers are plain integers, so nothing of torch is compiled in and one build serves every torch.
+// Nothing of torch is compiled in, so that one build serves every torch.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -20,16 +20,55 @@ namespace py = pybind11;
 
 namespace tim {
 
+// Of an array in memory; in Python an integer, None for an absent array, or whatever tells its
+// address by a method data_ptr(), as tensors do.
+struct Address {
+    std::uintptr_t value;
+};
+
+}  // namespace tim
+
+template <>
+struct pybind11::detail::type_caster<tim::Address> {
+    PYBIND11_TYPE_CASTER(tim::Address, const_name("Tensor | int | None"));
+
+    bool load(handle source, bool) {
+        if (source.is_none()) {
+            value.value = 0;
+            return true;
+        }
+        object address;
+        if (!PyLong_Check(source.ptr())) {
+            static PyObject* const method = PyUnicode_InternFromString("data_ptr");
+            address = reinterpret_steal<object>(PyObject_CallMethodNoArgs(source.ptr(), method));
+            if (!address) throw error_already_set();
+            source = address;
+        }
+        value.value = PyLong_AsSize_t(source.ptr());
+        if (PyErr_Occurred()) throw error_already_set();
+        return true;
+    }
+};
+
+namespace tim {
+
 template <class A>
-using PythonType = std::conditional_t<std::is_pointer_v<A>, std::uintptr_t, A>;
+using PythonType = std::conditional_t<std::is_pointer_v<A>, Address, A>;
 
 template <class A>
 A native(PythonType<A> value) {
     if constexpr (std::is_pointer_v<A>) {
-        return reinterpret_cast<A>(value);
+        return reinterpret_cast<A>(value.value);
     } else {
         return value;
     }
+}
+
+inline int64_t as_integer(Address address) { return static_cast<int64_t>(address.value); }
+
+template <class A>
+int64_t as_integer(A value) {
+    return static_cast<int64_t>(value);
 }
 
 struct Parameter {
@@ -76,7 +115,7 @@ template <class... A, size_t... I>
 void define(py::module_& module, const char* name, void (*kernel)(A...),
             std::vector<Parameter> parameters, std::index_sequence<I...>) {
     const auto call = [=](PythonType<A>... arguments) {
-        check<sizeof...(A)>(name, parameters, {static_cast<int64_t>(arguments)...},
+        check<sizeof...(A)>(name, parameters, {as_integer(arguments)...},
                             {std::is_pointer_v<A>...});
         kernel(native<A>(arguments)...);
     };

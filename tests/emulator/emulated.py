@@ -20,6 +20,7 @@ from torch import Tensor
 
 from tim import _extension
 from tim.ops import _dispatch as dispatch
+from tim.ops import _table
 
 ROOT = Path(__file__).parents[2]
 #: Build and run under AddressSanitizer and UBSan, whose runtime must be loaded first (.ci/run).
@@ -81,9 +82,12 @@ def emulated(place: Callable[[Tensor], Tensor] = lambda tensor: tensor) -> Itera
         return address
 
     def launch_within(name: str, anchor: Tensor, *arguments: object) -> None:
+        for argument in arguments:
+            if isinstance(argument, Tensor):
+                argument.data_ptr()
         emulator.set_memory(list(touched.items()))
-        touched.clear()
         launch(name, anchor, *arguments)
+        touched.clear()
         launched.append(name)
 
     def poisoned(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -94,7 +98,7 @@ def emulated(place: Callable[[Tensor], Tensor] = lambda tensor: tensor) -> Itera
         return allocate
 
     def forget() -> None:
-        dispatch.has_kernel.cache_clear()
+        _table.recall.cache_clear()
         dispatch._kernel.cache_clear()
 
     with pytest.MonkeyPatch.context() as patch:

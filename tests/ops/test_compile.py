@@ -46,6 +46,7 @@ def test_jvp_inside_and_outside_of_inductor(inputs):
 
 
 def test_gradients_through_inductor(inputs):
+    torch._dynamo.reset()
     compiled = torch.compile(block, fullgraph=True)
 
     def gradients(function):

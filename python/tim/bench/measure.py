@@ -85,7 +85,7 @@ def measure(
             functions = {"tim": functions["tim"]}
             times = compare({**functions, **copies}, device, settings.seconds)
     gc.collect()
-    reason = dispatch.why_not(operation.kernel, first.inputs[0])
+    reason = dispatch.why_not(operation.kernel, first.inputs[0], direction=direction)
     return Row(
         benchmark=operation.name,
         size=size.name,

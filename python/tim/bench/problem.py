@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
+import torch._functorch.config
 from torch import Tensor
 from torch.autograd import forward_ad
 

@@ -6,7 +6,7 @@ them. Tangents are exact but not themselves differentiable: they keep no autogra
 The operations registered under `torch.ops.tim` are private: called bare, they have no tangent.
 """
 
-from tim.ops._dispatch import KERNEL_OPS, backends, reference_only
+from tim.ops._table import KERNEL_OPS, backends, kernels, reference_only
 from tim.ops.adaln import adaln, adaln_reference, gated_adaln, gated_adaln_reference
 from tim.ops.attention import attention, attention_reference
 from tim.ops.grouped_linear import grouped_linear, grouped_linear_reference
@@ -37,6 +37,7 @@ __all__ = [
     "grouped_linear_reference",
     "interpolate",
     "interpolate_reference",
+    "kernels",
     "linear",
     "qk_norm_rope",
     "qk_norm_rope_reference",

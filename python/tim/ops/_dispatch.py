@@ -1,99 +1,178 @@
-"""What all operations share: tangents, the choice between kernel and reference, registration.
+"""What all operations share: tangents, the choice between kernel and reference, launches, checks.
 
 Two rules keep this package's worst bug, a silent zero tangent, out:
 
 * Bare `torch.ops.tim.*` operations are private, and raise when they meet a forward-mode tangent,
-  which PyTorch would drop without an error. The public function looks for tangents first and calls
-  the pair operation when it finds any.
+  which PyTorch would drop without an error. An `Operator` looks for tangents first and calls the
+  pair operation when it finds any.
 * A backward formula that meets a tangent (forward-over-reverse) raises.
 """
 
 from __future__ import annotations
 
 import functools
-import math
-import os
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch._C._functorch import TransformType
-from torch._library import autograd as autograd_rules
 from torch.autograd import forward_ad
 
 from tim import _extension
+from tim.ops import _table
+from tim.ops._opaque import Opaque, plain_device, refuse_tangents, register
+from tim.ops._table import (
+    KERNEL_DTYPES,
+    KERNEL_OPS,
+    all_off,
+    backends,
+    has_kernel,
+    kernels,
+    reference_only,
+)
+
+__all__ = [
+    "DTYPE_CODES",
+    "KERNEL_DTYPES",
+    "KERNEL_OPS",
+    "Opaque",
+    "Operator",
+    "all_off",
+    "backends",
+    "check_shape",
+    "check_tensors",
+    "drop_tangent_graph",
+    "empty_like",
+    "float32",
+    "guard_backward",
+    "has_kernel",
+    "has_transform",
+    "kernels",
+    "launch",
+    "layer_norm",
+    "make_dual",
+    "plain_device",
+    "pointer",
+    "promote",
+    "reference_only",
+    "refuse_tangents",
+    "register",
+    "split_tangents",
+    "why_not",
+]
 
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-KERNEL_DTYPES = {
-    "cpu": (torch.float32, torch.bfloat16),
-    "cuda": (torch.float32, torch.bfloat16, torch.float16),
-}
-#: Longest rows, the last dimension of the first tensor, that kernels hold in registers on a GPU.
-CUDA_WIDTHS = {"adaln": 8192, "qk_norm_rope": 256}
-#: Operations with kernels, in the order in which a transformer block and the objective meet them.
-KERNEL_OPS = ("interpolate", "adaln", "qk_norm_rope", "swiglu", "transition_loss")
-
-library = torch.library.Library("tim", "DEF")
-_kernels_enabled = os.environ.get("TIM_KERNELS", "auto").lower() != "off"
 
 
-@functools.cache
-def has_kernel(name: str, device_type: str) -> bool:
-    return hasattr(_extension.kernels(device_type), name)
+@dataclass(frozen=True)
+class Operator:
+    """One operation: what runs for which call.
 
-
-@contextmanager
-def reference_only() -> Iterator[None]:
-    """Run every operation's PyTorch reference inside this context, as `TIM_KERNELS=off` does."""
-    global _kernels_enabled
-    before, _kernels_enabled = _kernels_enabled, False
-    try:
-        yield
-    finally:
-        _kernels_enabled = before
-
-
-def backends(name: str) -> tuple[str, ...]:
-    """Device types for which the extension holds kernels of operation `name`."""
-    return tuple(device for device in ("cpu", "cuda") if has_kernel(name, device))
-
-
-def why_not(name: str, *tensors: Tensor) -> str | None:
-    """Reason why no kernel of `name` can take these tensors; None when one can.
-
-    The tensors must agree in dtype and device; callers promote before they ask.
+    Called with the arguments of the reference, tensors checked and of one dtype where the kernels
+    demand it. The kernels of a call are `plain`, or `pair` where an input carries a tangent.
     """
-    if not _kernels_enabled:
-        return "TIM_KERNELS=off (or reference_only) is in force"
+
+    name: str
+    reference: Callable
+    plain: Opaque
+    pair: Opaque | None = None  #: None: tangents raise
+    outputs: int = 1  #: the first results of `plain`; the others only serve its backward
+    moving: int = 0  #: so many leading inputs have tangents in `pair`; others run the reference
+    constant: tuple[int, ...] = ()  #: inputs for which there is no gradient but the reference's
+    #: Results of `plain` where nothing is recorded, without those that serve the backward.
+    alone: Callable | None = None
+    #: Reason why no kernel takes these arguments, beyond the table; None when one does.
+    refuses: Callable[..., str | None] | None = None
+
+    def __call__(self, device: str | None, *arguments: object):
+        """`device` is what `plain_device` says of the tensors among the arguments."""
+        if device is not None and (results := self._straight(device, arguments)) is not None:
+            return results
+        inputs = tuple(a if isinstance(a, Tensor) else None for a in arguments)
+        if self.pair is None:
+            refuse_tangents(self.name, *inputs)
+        primals, tangents = split_tangents(*inputs)
+        direction = "tangent" if tangents else _direction(inputs)
+        if self._why_not(direction, arguments, tangents) is not None:
+            return drop_tangent_graph(self.reference(*arguments))
+        if tangents is None:
+            return self._first(self.plain(*arguments))
+        count = self.moving
+        results = self.pair(*primals[:count], *tangents[:count], *arguments[count:])
+        duals = tuple(map(make_dual, results[: self.outputs], results[self.outputs :]))
+        return self._first(duals)
+
+    def _straight(self, device: str, arguments: tuple):
+        """Results of the kernel called at once; None where no kernel takes the arguments."""
+        first = arguments[0]
+        records = torch.is_grad_enabled() and torch._C._any_requires_grad(*arguments)
+        direction = "backward" if records else "forward"
+        if _table.recall(self.name, direction, device, first.dtype).why_not(first) is not None:
+            return None
+        if self.refuses is not None and self.refuses(*arguments) is not None:
+            return None
+        if records:
+            if _wants_gradient([arguments[i] for i in self.constant]):
+                return None
+            return self._first(self.plain.direct(*arguments))
+        if self.alone is not None:
+            return self.alone(*arguments)
+        return self._first(self.plain.implementation(*arguments))
+
+    def _first(self, results):
+        if not isinstance(results, tuple):
+            return results
+        return results[0] if self.outputs == 1 else results[: self.outputs]
+
+    def _why_not(self, direction: str, arguments: tuple, tangents: tuple | None) -> str | None:
+        inputs = [a for a in arguments if isinstance(a, Tensor)]
+        reason = why_not(self.name, *inputs, direction=direction)
+        if reason is None and self.refuses is not None:
+            reason = self.refuses(*arguments)
+        constants = [arguments[i] for i in self.constant]
+        if reason is None and torch.is_grad_enabled() and _wants_gradient(constants):
+            reason = f"the kernel of {self.name} has no gradient for one of the inputs"
+        if reason is None and tangents and any(t is not None for t in tangents[self.moving :]):
+            reason = f"the kernel of {self.name} has no tangent for one of the inputs"
+        return reason
+
+
+def _wants_gradient(tensors: Sequence[object]) -> bool:
+    # A generator would be no frame that dynamo can take over.
+    for tensor in tensors:  # noqa: SIM110
+        if isinstance(tensor, Tensor) and tensor.requires_grad:
+            return True
+    return False
+
+
+def _direction(inputs: Sequence[Tensor | None]) -> str:
+    records = torch.is_grad_enabled() and _wants_gradient(inputs)
+    return "backward" if records else "forward"
+
+
+def why_not(name: str, *tensors: Tensor, direction: str = "forward") -> str | None:
+    """Reason why no kernel of `name` takes these tensors; None when one does.
+
+    They agree in device, and in dtype where the kernel demands it: callers promote before they ask.
+    """
+    transforms = _transforms()
     for transform in (TransformType.Vmap, TransformType.Grad):
-        if transform in _transforms():
+        if transform in transforms:
             return f"torch.func.{transform.name.lower()} has no rule for the kernel"
+    if any(map(torch._C._functorch.is_batchedtensor, tensors)):
+        return "torch.func.vmap has no rule for the kernel"
     first = tensors[0]
-    device = first.device.type
-    dtype = first.dtype
-    if not has_kernel(name, device):
-        return _extension.REASON or f"the extension has no {device} kernel for {name}"
-    if dtype not in KERNEL_DTYPES[device]:
-        return f"{device} kernels take {_names(KERNEL_DTYPES[device])}, got {dtype}"
-    if device == "cuda" and first.shape[-1] > CUDA_WIDTHS.get(name, math.inf):
-        return (
-            f"the cuda kernel of {name} takes rows up to {CUDA_WIDTHS[name]}, got {first.shape[-1]}"
-        )
-    for tensor in tensors:
-        if tensor.dtype != dtype or tensor.device != first.device:
-            return f"inputs differ in dtype or device: {dtype} and {tensor.dtype}"
-        if torch._C._functorch.is_batchedtensor(tensor):
-            return "torch.func.vmap has no rule for the kernel"
-    return None
+    choose = _table.choose if torch.compiler.is_compiling() else _table.recall
+    return choose(name, direction, first.device.type, first.dtype).why_not(first)
 
 
 def _transforms() -> tuple[TransformType, ...]:
     """The torch.func transforms in force, outermost first; () inside a graph being compiled."""
-    if torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is None:
+    if torch.compiler.is_compiling():
         return ()
-    return tuple(level.key() for level in torch._C._functorch.get_interpreter_stack())
+    return tuple([level.key() for level in torch._C._functorch.get_interpreter_stack() or ()])
 
 
 def has_transform(*kinds: TransformType) -> bool:
@@ -119,10 +198,6 @@ def guard_backward(what: str, output: Tensor) -> Tensor:
     return output
 
 
-def _names(dtypes: Sequence[torch.dtype]) -> str:
-    return ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
-
-
 @functools.cache
 def _kernel(name: str, device_type: str) -> Callable:
     return getattr(_extension.kernels(device_type), name)
@@ -130,13 +205,11 @@ def _kernel(name: str, device_type: str) -> Callable:
 
 def launch(name: str, anchor: Tensor, *arguments: object) -> None:
     """Call kernel `name` on the device of `anchor`: torch's threads, or its current stream."""
-    device = anchor.device
-    kernel = _kernel(name, device.type)
-    if device.type == "cpu":
-        kernel(*arguments, torch.get_num_threads())
+    if anchor.is_cpu:
+        _kernel(name, "cpu")(*arguments, torch.get_num_threads())
     else:
-        with torch.cuda.device(device):
-            kernel(*arguments, torch.cuda.current_stream().cuda_stream)
+        with torch.cuda.device(anchor.device):
+            _kernel(name, "cuda")(*arguments, torch.cuda.current_stream().cuda_stream)
 
 
 def empty_like(tensor: Tensor) -> Tensor:
@@ -149,28 +222,38 @@ def pointer(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
+def float32(tensor: Tensor) -> Tensor:
+    """Contiguous and in float32, for tables and weights that the kernels read in this form."""
+    if tensor.dtype == torch.float32 and tensor.is_contiguous():
+        return tensor
+    return tensor.to(torch.float32).contiguous()
+
+
 def split_tangents(
-    *tensors: Tensor,
-) -> tuple[tuple[Tensor, ...], tuple[Tensor | None, ...] | None]:
+    *tensors: Tensor | None,
+) -> tuple[tuple[Tensor | None, ...], tuple[Tensor | None, ...] | None]:
     """Primals and tangents of `tensors`; (tensors, None) when none carries a tangent."""
-    if forward_ad._current_level < 0:
+    level = forward_ad._current_level
+    if level < 0:
         return tensors, None
-    duals = [forward_ad.unpack_dual(tensor) for tensor in tensors]
-    if all(dual.tangent is None for dual in duals):
+    duals = [_unpack(tensor, level) for tensor in tensors]
+    if all(tangent is None for _, tangent in duals):
         return tensors, None
     _refuse_second_tangent()
-    return tuple(d.primal for d in duals), tuple(d.tangent for d in duals)
+    return tuple(primal for primal, _ in duals), tuple(tangent for _, tangent in duals)
 
 
-def refuse_tangents(what: str, *arguments: object) -> None:
-    """Raise NotImplementedError when a tensor carries a tangent that `what` would silently drop."""
-    if forward_ad._current_level < 0:
-        return
-    for argument in arguments:
-        if isinstance(argument, Tensor) and forward_ad.unpack_dual(argument).tangent is not None:
-            raise NotImplementedError(
-                f"{what} has no forward-mode rule: tim.ops have first derivatives only"
-            )
+def _unpack(tensor: Tensor | None, level: int) -> tuple[Tensor | None, Tensor | None]:
+    if tensor is None:
+        return None, None
+    if torch.compiler.is_compiling():
+        return tuple(forward_ad.unpack_dual(tensor, level=level))
+    functorch = torch._C._functorch
+    if functorch.peek_interpreter_stack() is not None and not functorch.is_gradtrackingtensor(
+        tensor
+    ):
+        return tensor, None  # torch.func.jvp wraps all tensors to which it gives tangents
+    return torch._VF._unpack_dual(tensor, level=level)
 
 
 def drop_tangent_graph(outputs: Tensor | tuple[Tensor, ...]) -> Tensor | tuple[Tensor, ...]:
@@ -191,44 +274,9 @@ def drop_tangent_graph(outputs: Tensor | tuple[Tensor, ...]) -> Tensor | tuple[T
 
 
 def make_dual(primal: Tensor, tangent: Tensor) -> Tensor:
-    return forward_ad.make_dual(primal, tangent)
-
-
-def register(
-    schema: str,
-    implementation: Callable,
-    fake: Callable,
-    *,
-    backward: Callable | None = None,
-    setup_context: Callable | None = None,
-) -> Callable:
-    """Define the opaque operation `schema` (private) and return it as a callable.
-
-    Without `backward`, differentiating the operation raises: no rule must not look like zero.
-    """
-    name = schema.split("(", 1)[0]
-    library.define(schema)
-    # Kernels run below the compiler: without this, dynamo traces the body of an opaque operation.
-    implementation = torch._disable_dynamo(implementation)
-    library.impl(name, implementation, "CPU")
-    library.impl(name, implementation, "CUDA")
-    torch.library.register_fake(f"tim::{name}", fake, lib=library)
-
-    def no_rule(ctx: object, *gradients: object) -> None:
-        raise NotImplementedError(f"tim::{name} is not differentiable")
-
-    operation = getattr(torch.ops.tim, name).default
-    # What torch.library.register_autograd does, with one check in front: its own kernel lets
-    # tangents pass and vanish, wherever they come from (a function compiled elsewhere, say).
-    rules = autograd_rules.Info(backward or no_rule, setup_context)
-    differentiable = autograd_rules.make_autograd_impl(operation, rules)
-
-    def without_tangents(keyset: object, *arguments: object) -> object:
-        refuse_tangents(f"torch.ops.tim.{name}", *arguments)
-        return differentiable(keyset, *arguments)
-
-    library.impl(name, without_tangents, "Autograd", with_keyset=True)
-    return operation
+    if torch.compiler.is_compiling():
+        return forward_ad.make_dual(primal, tangent)
+    return torch._VF._make_dual(primal, tangent, level=forward_ad._current_level)
 
 
 def promote(*tensors: Tensor) -> tuple[Tensor, ...]:
@@ -258,7 +306,7 @@ def check_tensors(**tensors: Tensor) -> None:
 
 def check_shape(name: str, tensor: Tensor, expected: Sequence[int], meaning: str) -> None:
     """ValueError unless `tensor` has shape `expected`; `meaning` spells the shape in symbols."""
-    if tuple(tensor.shape) != tuple(expected):
+    if tensor.shape != expected:
         raise ValueError(
             f"{name} must have shape {meaning} = {list(expected)}, got {list(tensor.shape)}"
         )

@@ -31,16 +31,11 @@ def adaln(x: Operand, shift: Operand, scale: Operand, eps: float = 1e-6) -> Oper
     """
     if pairs.is_pair(x, shift, scale):
         return _adaln_of_pairs(x, shift, scale, eps)
-    dispatch.check_tensors(x=x, shift=shift, scale=scale)
+    device = dispatch.plain_device(x, shift, scale)
+    if device is None:
+        dispatch.check_tensors(x=x, shift=shift, scale=scale)
     _check_modulation(x, shift=shift, scale=scale)
-    x, shift, scale = dispatch.promote(x, shift, scale)
-    if dispatch.why_not("adaln", x, shift, scale) is not None:
-        return dispatch.drop_tangent_graph(adaln_reference(x, shift, scale, eps))
-    primals, tangents = dispatch.split_tangents(x, shift, scale)
-    if tangents is None:
-        return _adaln(*primals, eps)[0]
-    out, t_out, _, _ = _adaln_tangent(*primals, *tangents, eps)
-    return dispatch.make_dual(out, t_out)
+    return _ADALN(device, *dispatch.promote(x, shift, scale), eps)
 
 
 def gated_adaln(
@@ -65,17 +60,12 @@ def gated_adaln(
     """
     if pairs.is_pair(x, y, gate, shift, scale):
         return _gated_adaln_of_pairs(x, y, gate, shift, scale, eps)
-    dispatch.check_tensors(x=x, y=y, gate=gate, shift=shift, scale=scale)
+    device = dispatch.plain_device(x, y, gate, shift, scale)
+    if device is None:
+        dispatch.check_tensors(x=x, y=y, gate=gate, shift=shift, scale=scale)
     _check_modulation(x, gate=gate, shift=shift, scale=scale)
     dispatch.check_shape("y", y, x.shape, "that of x")
-    inputs = dispatch.promote(x, y, gate, shift, scale)
-    if dispatch.why_not("adaln", *inputs) is not None:
-        return dispatch.drop_tangent_graph(gated_adaln_reference(*inputs, eps))
-    primals, tangents = dispatch.split_tangents(*inputs)
-    if tangents is None:
-        return _gated_adaln(*primals, eps)[:2]
-    h, out, t_h, t_out, _, _ = _gated_adaln_tangent(*primals, *tangents, eps)
-    return dispatch.make_dual(h, t_h), dispatch.make_dual(out, t_out)
+    return _GATED_ADALN(device, *dispatch.promote(x, y, gate, shift, scale), eps)
 
 
 def adaln_reference(x: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-6) -> Tensor:
@@ -95,9 +85,9 @@ def _adaln_of_pairs(x: Operand, shift: Operand, scale: Operand, eps: float) -> P
     operands = pairs.promote(x, shift, scale)
     primals, tangents = pairs.split(*operands)
     _check_modulation(primals[0], shift=primals[1], scale=primals[2])
-    if dispatch.why_not("adaln", *primals) is not None:
+    if dispatch.why_not("adaln", *primals, direction="tangent") is not None:
         return pairs.lift(lambda *inputs: adaln_reference(*inputs, eps), *operands)
-    out, t_out, _, _ = _adaln_tangent(*primals, *tangents, eps)
+    out, t_out, _, _ = _ADALN.pair(*primals, *tangents, eps)
     return Pair(out, t_out)
 
 
@@ -108,17 +98,18 @@ def _gated_adaln_of_pairs(
     primals, tangents = pairs.split(*operands)
     _check_modulation(primals[0], gate=primals[2], shift=primals[3], scale=primals[4])
     dispatch.check_shape("y", primals[1], primals[0].shape, "that of x")
-    if dispatch.why_not("adaln", *primals) is not None:
+    if dispatch.why_not("adaln", *primals, direction="tangent") is not None:
         return pairs.lift(lambda *inputs: gated_adaln_reference(*inputs, eps), *operands)
-    h, out, t_h, t_out, _, _ = _gated_adaln_tangent(*primals, *tangents, eps)
+    h, out, t_h, t_out, _, _ = _GATED_ADALN.pair(*primals, *tangents, eps)
     return Pair(h, t_h), Pair(out, t_out)
 
 
 def _check_modulation(x: Tensor, **modulation: Tensor) -> None:
     if x.dim() != 3:
         raise ValueError(f"x must have shape [B, N, C], got {list(x.shape)}")
+    batch, _, channels = x.shape
     for name, tensor in modulation.items():
-        dispatch.check_shape(name, tensor, (x.shape[0], 1, x.shape[2]), "[B, 1, C]")
+        dispatch.check_shape(name, tensor, (batch, 1, channels), "[B, 1, C]")
 
 
 def _rows(tensor: Tensor | None) -> Tensor | None:
@@ -144,22 +135,42 @@ def _forward(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> tuple[Tenso
     return _run_forward(x, None, None, shift, scale, eps)[1:]
 
 
+def _forward_alone(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
+    return _run_forward(x, None, None, shift, scale, eps, statistics=False)[1]
+
+
 def _gated_forward(
     x: Tensor, y: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return _run_forward(x, y, gate, shift, scale, eps)
 
 
+def _gated_forward_alone(
+    x: Tensor, y: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    return _run_forward(x, y, gate, shift, scale, eps, statistics=False)[:2]
+
+
 def _run_forward(
-    x: Tensor, y: Tensor | None, gate: Tensor | None, shift: Tensor, scale: Tensor, eps: float
+    x: Tensor,
+    y: Tensor | None,
+    gate: Tensor | None,
+    shift: Tensor,
+    scale: Tensor,
+    eps: float,
+    *,
+    statistics: bool = True,
 ) -> tuple:
     x, y = x.contiguous(), _contiguous(y)
     gate, shift, scale = _rows(gate), _rows(shift), _rows(scale)
-    h = None if y is None else dispatch.empty_like(x)
-    out, mean, rstd = dispatch.empty_like(x), _row_statistics(x), _row_statistics(x)
+    h = None if y is None else torch.empty_like(x)
+    out = torch.empty_like(x)
+    mean, rstd = (_row_statistics(x), _row_statistics(x)) if statistics else (None, None)
     if x.numel():
-        primals = (x, y, gate, shift, scale)
-        _launch("adaln", slice(None), primals, (), (h, out), (), (mean, rstd), eps)
+        dispatch.launch(
+            "adaln", x, x, y, gate, shift, scale, h, out, mean, rstd, *x.shape,
+            *map(_stride, (gate, shift, scale)), eps, dispatch.DTYPE_CODES[x.dtype],
+        )  # fmt: skip
     return h, out, mean, rstd
 
 
@@ -235,7 +246,7 @@ def _launch(
     modulation, t_modulation = primals[2:], tangents[2:]
     arrays = (*primals, *tangents, *part(outputs), *t_outputs, *part(statistics))
     dispatch.launch(
-        name, primals[0], *map(dispatch.pointer, arrays), *primals[0].shape,
+        name, primals[0], *arrays, *primals[0].shape,
         *map(_stride, modulation), *map(_stride, t_modulation), eps,
         dispatch.DTYPE_CODES[primals[0].dtype],
     )  # fmt: skip
@@ -285,7 +296,7 @@ def _run_backward(
     if h.numel():
         tensors = (grad, grad_h, h, y, gate, scale, mean, rstd, d_x, d_y, d_gate, d_shift, d_scale)
         dispatch.launch(
-            "adaln_backward", h, *map(dispatch.pointer, tensors), *h.shape,
+            "adaln_backward", h, *tensors, *h.shape,
             *map(_stride, (gate, scale)), eps, dispatch.DTYPE_CODES[h.dtype],
         )  # fmt: skip
     return d_x, d_y, d_gate, d_shift, d_scale
@@ -369,34 +380,47 @@ def _gated_backward_fake(grad: Tensor, grad_h: Tensor, h: Tensor, *_: object) ->
     )
 
 
-_adaln = dispatch.register(
-    "adaln(Tensor x, Tensor shift, Tensor scale, float eps) -> (Tensor, Tensor, Tensor)",
-    _forward, _fake, backward=_gradient, setup_context=_setup,
-)  # fmt: skip
-_adaln_tangent = dispatch.register(
-    "adaln_tangent(Tensor x, Tensor shift, Tensor scale, Tensor? t_x, Tensor? t_shift, "
-    "Tensor? t_scale, float eps) -> (Tensor, Tensor, Tensor, Tensor)",
-    _tangent, _tangent_fake, backward=_gradient, setup_context=_setup,
-)  # fmt: skip
 _adaln_backward = dispatch.register(
     "adaln_backward(Tensor grad, Tensor x, Tensor scale, Tensor mean, Tensor rstd, float eps) "
     "-> (Tensor, Tensor, Tensor)",
     _backward, _backward_fake,
-)  # fmt: skip
-_gated_adaln = dispatch.register(
-    "gated_adaln(Tensor x, Tensor y, Tensor gate, Tensor shift, Tensor scale, float eps) "
-    "-> (Tensor, Tensor, Tensor, Tensor)",
-    _gated_forward, _gated_fake, backward=_gated_gradient, setup_context=_gated_setup,
-)  # fmt: skip
-_gated_adaln_tangent = dispatch.register(
-    "gated_adaln_tangent(Tensor x, Tensor y, Tensor gate, Tensor shift, Tensor scale, "
-    "Tensor? t_x, Tensor? t_y, Tensor? t_gate, Tensor? t_shift, Tensor? t_scale, float eps) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    _gated_tangent, _gated_tangent_fake, backward=_gated_gradient, setup_context=_gated_setup,
 )  # fmt: skip
 _gated_adaln_backward = dispatch.register(
     "gated_adaln_backward(Tensor grad, Tensor grad_h, Tensor h, Tensor y, Tensor gate, "
     "Tensor scale, Tensor mean, Tensor rstd, float eps) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _gated_backward, _gated_backward_fake,
+)  # fmt: skip
+_ADALN = dispatch.Operator(
+    "adaln",
+    adaln_reference,
+    plain=dispatch.register(
+        "adaln(Tensor x, Tensor shift, Tensor scale, float eps) -> (Tensor, Tensor, Tensor)",
+        _forward, _fake, backward=_gradient, setup_context=_setup,
+    ),
+    pair=dispatch.register(
+        "adaln_tangent(Tensor x, Tensor shift, Tensor scale, Tensor? t_x, Tensor? t_shift, "
+        "Tensor? t_scale, float eps) -> (Tensor, Tensor, Tensor, Tensor)",
+        _tangent, _tangent_fake, backward=_gradient, setup_context=_setup,
+    ),
+    moving=3,
+    alone=_forward_alone,
+)  # fmt: skip
+_GATED_ADALN = dispatch.Operator(
+    "adaln",
+    gated_adaln_reference,
+    plain=dispatch.register(
+        "gated_adaln(Tensor x, Tensor y, Tensor gate, Tensor shift, Tensor scale, float eps) "
+        "-> (Tensor, Tensor, Tensor, Tensor)",
+        _gated_forward, _gated_fake, backward=_gated_gradient, setup_context=_gated_setup,
+    ),
+    pair=dispatch.register(
+        "gated_adaln_tangent(Tensor x, Tensor y, Tensor gate, Tensor shift, Tensor scale, "
+        "Tensor? t_x, Tensor? t_y, Tensor? t_gate, Tensor? t_shift, Tensor? t_scale, float eps) "
+        "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+        _gated_tangent, _gated_tangent_fake, backward=_gated_gradient, setup_context=_gated_setup,
+    ),
+    outputs=2,
+    moving=5,
+    alone=_gated_forward_alone,
 )  # fmt: skip

@@ -82,7 +82,7 @@ def _check(x: Tensor, weights: list[Tensor], biases: list[Tensor]) -> None:
 def _runs_reference(device: str) -> bool:
     return (
         device not in ("cpu", "cuda")
-        or not dispatch._kernels_enabled
+        or dispatch.all_off()
         or dispatch.has_transform(TransformType.Vmap, TransformType.Grad)
     )
 

@@ -28,19 +28,14 @@ def interpolate(x: Tensor, z: Tensor, coefficients: Tensor) -> tuple[Tensor, Ten
 
     Source: TiM (arXiv 2509.04394), sec. 3: x_t = alpha_t x + sigma_t z.
     """
-    dispatch.check_tensors(x=x, z=z, coefficients=coefficients)
+    device = dispatch.plain_device(x, z, coefficients)
+    if device is None:
+        dispatch.check_tensors(x=x, z=z, coefficients=coefficients)
     if x.dim() < 1:
         raise ValueError("x must have shape [B, ...], got a scalar")
     dispatch.check_shape("z", z, x.shape, "the shape of x")
     dispatch.check_shape("coefficients", coefficients, (x.shape[0], 4), "[B, 4]")
-    dispatch.refuse_tangents("interpolate", x, z, coefficients)
-    x, z = dispatch.promote(x, z)
-    wants_gradient = torch.is_grad_enabled() and (
-        x.requires_grad or z.requires_grad or coefficients.requires_grad
-    )
-    if wants_gradient or dispatch.why_not("interpolate", x, z) is not None:
-        return interpolate_reference(x, z, coefficients)
-    return _interpolate(x, z, coefficients)
+    return _INTERPOLATE(device, *dispatch.promote(x, z), coefficients)
 
 
 def interpolate_reference(x: Tensor, z: Tensor, coefficients: Tensor) -> tuple[Tensor, Tensor]:
@@ -53,13 +48,13 @@ def interpolate_reference(x: Tensor, z: Tensor, coefficients: Tensor) -> tuple[T
 
 def _forward(x: Tensor, z: Tensor, coefficients: Tensor) -> tuple[Tensor, Tensor]:
     x, z = x.contiguous(), z.contiguous()
-    coefficients = coefficients.to(torch.float32).contiguous()
+    coefficients = dispatch.float32(coefficients)
     a, b = torch.empty_like(x), torch.empty_like(x)
     if x.numel():
         batch = x.shape[0]
         dispatch.launch(
-            "interpolate", x, x.data_ptr(), z.data_ptr(), coefficients.data_ptr(), a.data_ptr(),
-            b.data_ptr(), batch, x.numel() // batch, dispatch.DTYPE_CODES[x.dtype],
+            "interpolate", x, x, z, coefficients, a, b, batch, x.numel() // batch,
+            dispatch.DTYPE_CODES[x.dtype],
         )  # fmt: skip
     return a, b
 
@@ -69,6 +64,12 @@ def _fake(x: Tensor, z: Tensor, coefficients: Tensor) -> tuple[Tensor, Tensor]:
     return like, torch.empty_like(like)
 
 
-_interpolate = dispatch.register(
-    "interpolate(Tensor x, Tensor z, Tensor coefficients) -> (Tensor, Tensor)", _forward, _fake
+_INTERPOLATE = dispatch.Operator(
+    "interpolate",
+    interpolate_reference,
+    plain=dispatch.register(
+        "interpolate(Tensor x, Tensor z, Tensor coefficients) -> (Tensor, Tensor)", _forward, _fake
+    ),
+    outputs=2,
+    constant=(0, 1, 2),
 )

@@ -9,6 +9,8 @@ from tim.ops import _dispatch as dispatch
 from tim.ops import pairs
 from tim.ops.pairs import Operand, Pair
 
+_TABLES = ("q_weight", "q_bias", "k_weight", "k_bias", "cos", "sin")
+
 
 def qk_norm_rope(
     qkv: Operand,
@@ -41,30 +43,19 @@ def qk_norm_rope(
 
     Source: Su et al., "RoFormer" (arXiv 2104.09864), eq. 34; q/k norm as in the released network.
     """
-    parameters = {"q_weight": q_weight, "q_bias": q_bias, "k_weight": k_weight, "k_bias": k_bias}
     others = (q_weight, q_bias, k_weight, k_bias, cos, sin)
     if isinstance(qkv, Pair):
-        _check(qkv.primal, parameters, cos, sin)
+        _check(qkv.primal, *others)
         return _of_pair(qkv, others, eps)
-    _check(qkv, parameters, cos, sin)
-    differentiable_angles = torch.is_grad_enabled() and (cos.requires_grad or sin.requires_grad)
-    if differentiable_angles or dispatch.why_not("qk_norm_rope", qkv) is not None:
-        return dispatch.drop_tangent_graph(qk_norm_rope_reference(qkv, *others, eps))
-    primals, tangents = dispatch.split_tangents(qkv, *others)
-    if tangents is None:
-        return _qk_norm_rope(qkv, *others, eps)
-    if any(tangent is not None for tangent in tangents[1:]):
-        # A tangent of the weights or angles is no part of training: exact, but not by a kernel.
-        return dispatch.drop_tangent_graph(qk_norm_rope_reference(qkv, *others, eps))
-    q, k, v, t_q, t_k, t_v = _qk_norm_rope_tangent(primals[0], tangents[0], *others, eps)
-    return dispatch.make_dual(q, t_q), dispatch.make_dual(k, t_k), dispatch.make_dual(v, t_v)
+    device = _check(qkv, *others)
+    return _QK_NORM_ROPE(device, qkv, *others, eps)
 
 
 def _of_pair(qkv: Pair, others: tuple[Tensor, ...], eps: float) -> tuple[Pair, Pair, Pair]:
     dispatch.refuse_tangents("qk_norm_rope of a Pair", *others)
-    if dispatch.why_not("qk_norm_rope", qkv.primal) is not None:
+    if dispatch.why_not("qk_norm_rope", qkv.primal, direction="tangent") is not None:
         return pairs.lift(lambda qkv: qk_norm_rope_reference(qkv, *others, eps), qkv)
-    q, k, v, t_q, t_k, t_v = _qk_norm_rope_tangent(*qkv, *others, eps)
+    q, k, v, t_q, t_k, t_v = _QK_NORM_ROPE.pair(*qkv, *others, eps)
     return Pair(q, t_q), Pair(k, t_k), Pair(v, t_v)
 
 
@@ -97,15 +88,22 @@ def _norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     return dispatch.layer_norm(x, eps) * weight + bias
 
 
-def _check(qkv: Tensor, parameters: dict[str, Tensor], cos: Tensor, sin: Tensor) -> None:
-    dispatch.check_tensors(qkv=qkv, **parameters, cos=cos, sin=sin)
-    if qkv.dim() != 5 or qkv.shape[2] != 3 or qkv.shape[4] % 2:
-        raise ValueError(f"qkv must have shape [B, N, 3, H, D] with even D, got {list(qkv.shape)}")
-    _, tokens, _, _, head_dim = qkv.shape
-    for name, tensor in parameters.items():
-        dispatch.check_shape(name, tensor, (head_dim,), "[D]")
-    dispatch.check_shape("cos", cos, (tokens, head_dim), "[N, D]")
-    dispatch.check_shape("sin", sin, (tokens, head_dim), "[N, D]")
+def _check(qkv: Tensor, *tables: Tensor) -> str | None:
+    """Raises what the docstring promises; returns `plain_device` of the tensors."""
+    device = dispatch.plain_device(qkv, *tables)
+    if device is None:
+        dispatch.check_tensors(qkv=qkv, **dict(zip(_TABLES, tables, strict=True)))
+    shape = qkv.shape
+    if len(shape) != 5 or shape[2] != 3 or shape[4] % 2:
+        raise ValueError(f"qkv must have shape [B, N, 3, H, D] with even D, got {list(shape)}")
+    row, angles = shape[4:], (shape[1], shape[4])
+    expected = (row, row, row, row, angles, angles)
+    if any(table.shape != wanted for table, wanted in zip(tables, expected, strict=True)):
+        for name, table in zip(_TABLES[:4], tables, strict=False):
+            dispatch.check_shape(name, table, row, "[D]")
+        for name, table in zip(_TABLES[4:], tables[4:], strict=True):
+            dispatch.check_shape(name, table, angles, "[N, D]")
+    return device
 
 
 def _packed(qkv: Tensor) -> Tensor:
@@ -115,31 +113,27 @@ def _packed(qkv: Tensor) -> Tensor:
     return qkv if qkv.stride()[2:] == inner else qkv.contiguous()
 
 
-def _float32(*tensors: Tensor) -> tuple[Tensor, ...]:
-    return tuple(tensor.to(torch.float32).contiguous() for tensor in tensors)
-
-
 def _sizes(qkv: Tensor) -> tuple[int, int, int, int]:
     batch, tokens, _, heads, head_dim = qkv.shape
     return batch, tokens, heads, head_dim
 
 
 def _outputs(qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    q, k, v = (torch.empty(_sizes(qkv), dtype=qkv.dtype, device=qkv.device) for _ in range(3))
-    return q, k, v
+    q = qkv.new_empty(_sizes(qkv))
+    return q, torch.empty_like(q), torch.empty_like(q)
 
 
 def _forward(qkv: Tensor, *others: object) -> tuple[Tensor, Tensor, Tensor]:
     *tables, eps = others
     outputs = _outputs(qkv)
-    _run_forward(_packed(qkv), _float32(*tables), outputs, eps)
+    _run_forward(_packed(qkv), [*map(dispatch.float32, tables)], outputs, eps)
     return outputs
 
 
-def _run_forward(qkv: Tensor, tables: tuple, outputs: tuple, eps: float) -> None:
+def _run_forward(qkv: Tensor, tables: list, outputs: tuple, eps: float) -> None:
     if qkv.numel():
         dispatch.launch(
-            "qk_norm_rope", qkv, *map(dispatch.pointer, (qkv, *tables, *outputs)), *_sizes(qkv),
+            "qk_norm_rope", qkv, qkv, *tables, *outputs, *_sizes(qkv),
             *qkv.stride()[:2], eps, dispatch.DTYPE_CODES[qkv.dtype],
         )  # fmt: skip
 
@@ -148,14 +142,14 @@ def _tangent(qkv: Tensor, t_qkv: Tensor, *others: object) -> tuple[Tensor, ...]:
     """The tangent may be of the last samples alone."""
     *tables, eps = others
     outputs, t_outputs = _outputs(qkv), _outputs(t_qkv)
-    qkv, t_qkv, tables = _packed(qkv), _packed(t_qkv), _float32(*tables)
+    qkv, t_qkv, tables = _packed(qkv), _packed(t_qkv), [*map(dispatch.float32, tables)]
     first = len(qkv) - len(t_qkv)
     _run_forward(qkv[:first], tables, tuple(out[:first] for out in outputs), eps)
     qkv = qkv[first:]
     if qkv.numel():
         arrays = (qkv, t_qkv, *tables, *(out[first:] for out in outputs), *t_outputs)
         dispatch.launch(
-            "qk_norm_rope_tangent", qkv, *map(dispatch.pointer, arrays), *_sizes(qkv),
+            "qk_norm_rope_tangent", qkv, *arrays, *_sizes(qkv),
             *qkv.stride()[:2], *t_qkv.stride()[:2], eps, dispatch.DTYPE_CODES[qkv.dtype],
         )  # fmt: skip
     return (*outputs, *t_outputs)
@@ -173,14 +167,14 @@ def _backward(
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     gradients = [gradient.contiguous() for gradient in (g_q, g_k, g_v)]
-    qkv, tables = _packed(qkv), _float32(q_weight, k_weight, cos, sin)
+    qkv, tables = _packed(qkv), [*map(dispatch.float32, (q_weight, k_weight, cos, sin))]
     d_qkv = dispatch.empty_like(qkv)
     make = torch.empty if qkv.numel() else torch.zeros
     d_parameters = [make(qkv.shape[-1], dtype=torch.float32, device=qkv.device) for _ in range(4)]
     if qkv.numel():
         tensors = (*gradients, qkv, *tables, d_qkv, *d_parameters)
         dispatch.launch(
-            "qk_norm_rope_backward", qkv, *map(dispatch.pointer, tensors), *_sizes(qkv),
+            "qk_norm_rope_backward", qkv, *tensors, *_sizes(qkv),
             *qkv.stride()[:2], eps, dispatch.DTYPE_CODES[qkv.dtype],
         )  # fmt: skip
     return (d_qkv, *d_parameters)
@@ -238,22 +232,26 @@ def _backward_fake(
     return (d_qkv, *(qkv.new_empty(qkv.shape[-1], dtype=torch.float32) for _ in range(4)))
 
 
-_TABLES = (
-    "Tensor q_weight, Tensor q_bias, Tensor k_weight, Tensor k_bias, Tensor cos, Tensor sin, "
-    "float eps"
-)
-_qk_norm_rope = dispatch.register(
-    f"qk_norm_rope(Tensor qkv, {_TABLES}) -> (Tensor, Tensor, Tensor)",
-    _forward, _fake, backward=_gradient, setup_context=_setup,
-)  # fmt: skip
-_qk_norm_rope_tangent = dispatch.register(
-    f"qk_norm_rope_tangent(Tensor qkv, Tensor t_qkv, {_TABLES}) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    _tangent, _tangent_fake, backward=_tangent_gradient, setup_context=_tangent_setup,
-)  # fmt: skip
+_SCHEMA = ", ".join(f"Tensor {name}" for name in _TABLES) + ", float eps"
 _qk_norm_rope_backward = dispatch.register(
     "qk_norm_rope_backward(Tensor g_q, Tensor g_k, Tensor g_v, Tensor qkv, Tensor q_weight, "
     "Tensor k_weight, Tensor cos, Tensor sin, float eps) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _backward, _backward_fake,
+)  # fmt: skip
+_QK_NORM_ROPE = dispatch.Operator(
+    "qk_norm_rope",
+    qk_norm_rope_reference,
+    plain=dispatch.register(
+        f"qk_norm_rope(Tensor qkv, {_SCHEMA}) -> (Tensor, Tensor, Tensor)",
+        _forward, _fake, backward=_gradient, setup_context=_setup,
+    ),
+    pair=dispatch.register(
+        f"qk_norm_rope_tangent(Tensor qkv, Tensor t_qkv, {_SCHEMA}) "
+        "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+        _tangent, _tangent_fake, backward=_tangent_gradient, setup_context=_tangent_setup,
+    ),
+    outputs=3,
+    moving=1,  # tangents of weights or angles are no part of training
+    constant=(5, 6),
 )  # fmt: skip

@@ -28,18 +28,14 @@ def swiglu(gate: Operand, up: Operand) -> Operand:
     """
     if pairs.is_pair(gate, up):
         return _swiglu_of_pairs(gate, up)
-    dispatch.check_tensors(gate=gate, up=up)
+    device = dispatch.plain_device(gate, up)
+    if device is None:
+        dispatch.check_tensors(gate=gate, up=up)
     if gate.shape != up.shape:
         raise ValueError(
             f"up must have the shape of gate, {list(gate.shape)}, got {list(up.shape)}"
         )
-    gate, up = dispatch.promote(gate, up)
-    if dispatch.why_not("swiglu", gate, up) is not None:
-        return dispatch.drop_tangent_graph(swiglu_reference(gate, up))
-    (gate, up), tangents = dispatch.split_tangents(gate, up)
-    if tangents is None:
-        return _swiglu(gate, up)
-    return dispatch.make_dual(*_swiglu_tangent(gate, up, *tangents))
+    return _SWIGLU(device, *dispatch.promote(gate, up))
 
 
 def silu(x: Operand) -> Operand:
@@ -62,29 +58,34 @@ def _swiglu_of_pairs(gate: Operand, up: Operand) -> Pair:
     operands = pairs.promote(gate, up)
     primals, tangents = pairs.split(*operands)
     dispatch.check_shape("up", primals[1], primals[0].shape, "that of gate")
-    if dispatch.why_not("swiglu", *primals) is not None:
+    if dispatch.why_not("swiglu", *primals, direction="tangent") is not None:
         return pairs.lift(swiglu_reference, *operands)
-    return Pair(*_swiglu_tangent(*primals, *tangents))
+    return Pair(*_SWIGLU.pair(*primals, *tangents))
 
 
-def _rows(tensor: Tensor | None) -> Tensor | None:
-    """[rows, M] view with unit column stride; copies only where no such view exists."""
-    if tensor is None:
-        return None
-    if tensor.dim() == 2:
-        rows = tensor
-    else:
-        rows = tensor.reshape(-1, tensor.shape[-1]) if tensor.dim() else tensor.reshape(1, 1)
-    return rows if rows.stride(-1) == 1 else rows.contiguous()
+def _operands(*tensors: Tensor | None) -> list[Tensor | int | None]:
+    """Each operand and its row stride, as the kernels take them; None, 0 for an absent one.
+
+    Read in place wherever it is a matrix with unit column stride, as halves of one product are.
+    """
+    values: list[Tensor | int | None] = []
+    for tensor in tensors:
+        if tensor is None:
+            values += (None, 0)
+        elif tensor.is_contiguous():
+            values += (tensor, tensor.shape[-1] if tensor.dim() else 1)
+        else:
+            rows = tensor.reshape(-1, tensor.shape[-1])
+            if rows.stride(-1) != 1:
+                rows = rows.contiguous()
+            values += (rows, rows.stride(0))
+    return values
 
 
-def _operands(*rows: Tensor | None) -> tuple[int, ...]:
-    """Pointer and row stride of each operand, as the kernels take them; 0, 0 for an absent one."""
-    return tuple(
-        value
-        for row in rows
-        for value in ((0, 0) if row is None else (row.data_ptr(), row.stride(0)))
-    )
+def _size(tensor: Tensor) -> tuple[int, int]:
+    """Rows and columns."""
+    columns = tensor.shape[-1] if tensor.dim() else 1
+    return tensor.numel() // columns, columns
 
 
 def _forward(gate: Tensor, up: Tensor) -> Tensor:
@@ -95,20 +96,19 @@ def _forward(gate: Tensor, up: Tensor) -> Tensor:
 
 def _run_forward(gate: Tensor, up: Tensor, out: Tensor) -> None:
     if out.numel():
-        g, u = _rows(gate), _rows(up)
+        operands = _operands(gate, up)
         code = dispatch.DTYPE_CODES[gate.dtype]
-        dispatch.launch("swiglu", gate, *_operands(g, u), out.data_ptr(), *g.shape, code)
+        dispatch.launch("swiglu", gate, *operands, out, *_size(gate), code)
 
 
 def _backward(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
     grad = grad.contiguous()
     d_gate, d_up = torch.empty_like(grad), torch.empty_like(grad)
     if grad.numel():
-        g, u = _rows(gate), _rows(up)
+        operands = _operands(gate, up)
         code = dispatch.DTYPE_CODES[gate.dtype]
         dispatch.launch(
-            "swiglu_backward", gate, grad.data_ptr(), *_operands(g, u),
-            d_gate.data_ptr(), d_up.data_ptr(), *g.shape, code,
+            "swiglu_backward", gate, grad, *operands, d_gate, d_up, *_size(gate), code,
         )  # fmt: skip
     return d_gate, d_up
 
@@ -124,13 +124,10 @@ def _tangent(
         gate, up = gate[first:], up[first:]
     t_out = dispatch.empty_like(gate)
     if t_out.numel():
-        operands = [_rows(tensor) for tensor in (gate, up, t_gate, t_up)]
+        operands = _operands(gate, up, t_gate, t_up)
         code = dispatch.DTYPE_CODES[gate.dtype]
-        dispatch.launch(
-            "swiglu_tangent", gate, *_operands(*operands),
-            out[first:].data_ptr() if first else out.data_ptr(), t_out.data_ptr(),
-            *operands[0].shape, code,
-        )  # fmt: skip
+        last = out[first:] if first else out
+        dispatch.launch("swiglu_tangent", gate, *operands, last, t_out, *_size(gate), code)
     return out, t_out
 
 
@@ -168,15 +165,20 @@ def _tangent_fake(gate: Tensor, up: Tensor, *tangents: Tensor | None) -> tuple[T
     return _like(gate), _like(gate[first:] if first else gate)
 
 
-_swiglu = dispatch.register(
-    "swiglu(Tensor gate, Tensor up) -> Tensor",
-    _forward, _like, backward=_gradient, setup_context=_setup,
-)  # fmt: skip
-_swiglu_tangent = dispatch.register(
-    "swiglu_tangent(Tensor gate, Tensor up, Tensor? t_gate, Tensor? t_up) -> (Tensor, Tensor)",
-    _tangent, _tangent_fake, backward=_gradient, setup_context=_setup,
-)  # fmt: skip
 _swiglu_backward = dispatch.register(
     "swiglu_backward(Tensor grad, Tensor gate, Tensor up) -> (Tensor, Tensor)",
     _backward, _two_like,
+)  # fmt: skip
+_SWIGLU = dispatch.Operator(
+    "swiglu",
+    swiglu_reference,
+    plain=dispatch.register(
+        "swiglu(Tensor gate, Tensor up) -> Tensor",
+        _forward, _like, backward=_gradient, setup_context=_setup,
+    ),
+    pair=dispatch.register(
+        "swiglu_tangent(Tensor gate, Tensor up, Tensor? t_gate, Tensor? t_up) -> (Tensor, Tensor)",
+        _tangent, _tangent_fake, backward=_gradient, setup_context=_setup,
+    ),
+    moving=2,
 )  # fmt: skip

@@ -12,6 +12,8 @@ from tim.ops import _dispatch as dispatch
 
 #: Added to the error before it is inverted into the adaptive weight (value of the released code).
 ADAPTIVE_EPS = 1e-5
+#: Of the kernels' table of coefficients: c_d is there for both predictions of a difference.
+_COLUMNS = torch.tensor([0, 1, 2, 2, 3, 4])
 
 
 class TransitionLossTerms(NamedTuple):
@@ -65,34 +67,30 @@ def transition_loss(
     coefficients of each transport are those of `tim.transports`.
     """
     terms = _terms(derivative, guidance)
-    _check(F, x, z, coefficients, terms, epsilon, time_weight)
+    device = _check(F, x, z, coefficients, terms, epsilon, time_weight)
     dispatch.refuse_tangents("transition_loss", F, x, z, coefficients, *terms)
     if time_weight is None:
         time_weight = torch.ones(F.shape[0], device=F.device)
-    d_minus = terms[1]
-    # Six columns for six tensors: the central difference is c_d / (2 epsilon) and its negative,
-    # and without one the fourth column is for nobody.
-    if d_minus is None:
-        table = torch.cat((coefficients[:, :3], coefficients[:, 2:]), dim=1)
-    else:
-        c_x, c_z, c_d, c_cond, c_null = coefficients.unbind(1)
-        c_d = c_d / (2 * epsilon)
-        table = torch.stack((c_x, c_z, c_d, -c_d, c_cond, c_null), dim=1)
-    data_dtype = torch.promote_types(F.dtype, torch.promote_types(x.dtype, z.dtype))
-    x, z = x.to(data_dtype), z.to(data_dtype)
-    network = [None if term is None else term.detach().to(F.dtype) for term in terms]
-    inputs = (F, x.detach(), z.detach(), table.detach(), *network, time_weight.detach(), cosine)
-    if why_not(F, x) is not None:
-        return TransitionLossTerms(*_reference(*inputs))
-    return TransitionLossTerms(*_transition_loss(*inputs))
+    data = torch.promote_types(F.dtype, x.dtype) if x.dtype != F.dtype else F.dtype
+    data = torch.promote_types(data, z.dtype) if z.dtype != data else data
+    constants = (x, z, coefficients, *terms, time_weight)
+    if torch._C._any_requires_grad(*constants):
+        constants = [None if tensor is None else tensor.detach() for tensor in constants]
+    x, z, coefficients, *terms, time_weight = constants
+    terms = [_to(term, F.dtype) for term in terms]
+    inputs = (F, _to(x, data), _to(z, data), coefficients, *terms, time_weight)
+    epsilon = 0.0 if terms[1] is None else epsilon
+    return TransitionLossTerms(*_TRANSITION_LOSS(device, *inputs, epsilon, cosine))
 
 
-def why_not(F: Tensor, x: Tensor) -> str | None:
-    """Reason why no kernel can take a prediction F and latents x of these dtypes, or None."""
-    reason = dispatch.why_not("transition_loss", F)
-    if reason is None and x.dtype not in (F.dtype, torch.float32):
-        reason = f"latents of {x.dtype} beside a prediction of {F.dtype}"
-    return reason
+def _to(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    return tensor if tensor is None or tensor.dtype == dtype else tensor.to(dtype)
+
+
+def _no_kernel_for(F: Tensor, x: Tensor, *_: object) -> str | None:
+    if x.dtype not in (F.dtype, torch.float32):
+        return f"latents of {x.dtype} beside a prediction of {F.dtype}"
+    return None
 
 
 def transition_loss_reference(
@@ -122,37 +120,37 @@ def _terms(derivative, guidance) -> tuple[Tensor | None, ...]:
     return d, d_minus, cond, null
 
 
-def _check(F, x, z, coefficients, terms, epsilon, time_weight) -> None:
-    dispatch.check_tensors(F=F, x=x, z=z, coefficients=coefficients)
-    if F.dim() != 4:
-        raise ValueError(f"F must have shape [B, C, H, W], got {list(F.shape)}")
-    dispatch.check_shape("x", x, F.shape, "[B, C, H, W]")
-    dispatch.check_shape("z", z, F.shape, "[B, C, H, W]")
-    dispatch.check_shape("coefficients", coefficients, (F.shape[0], 5), "[B, 5]")
-    if time_weight is not None:
-        dispatch.check_tensors(F=F, time_weight=time_weight)
-        dispatch.check_shape("time_weight", time_weight, F.shape[:1], "[B]")
+def _check(F, x, z, coefficients, terms, epsilon, time_weight) -> str | None:
+    """Raises what the docstring promises; returns `plain_device` of the tensors."""
     d, d_minus, cond, null = terms
-    if d is not None:
-        dispatch.check_tensors(F=F, derivative=d)
-        if d.shape[1:] != F.shape[1:] or d.shape[0] > F.shape[0]:
-            raise ValueError(
-                f"derivative must have shape [B', C, H, W] with B' <= B and the rest of F, "
-                f"{list(F.shape)}, got {list(d.shape)}"
-            )
+    given = [t for t in (F, x, z, coefficients, *terms, time_weight) if t is not None]
+    device = dispatch.plain_device(*given)
+    if device is None:
+        names = ("derivative", "F_minus", "F_cond", "F_null", "time_weight")
+        named = zip(names, (*terms, time_weight), strict=True)
+        dispatch.check_tensors(
+            F=F, x=x, z=z, coefficients=coefficients,
+            **{name: tensor for name, tensor in named if tensor is not None},
+        )  # fmt: skip
+    shape = F.shape
+    if len(shape) != 4:
+        raise ValueError(f"F must have shape [B, C, H, W], got {list(shape)}")
+    for name, tensor in (("x", x), ("z", z), ("F_cond", cond), ("F_null", null)):
+        if tensor is not None:
+            dispatch.check_shape(name, tensor, shape, "[B, C, H, W]")
+    dispatch.check_shape("coefficients", coefficients, (shape[0], 5), "[B, 5]")
+    if time_weight is not None:
+        dispatch.check_shape("time_weight", time_weight, shape[:1], "[B]")
+    if d is not None and (d.shape[1:] != shape[1:] or d.shape[0] > shape[0]):
+        raise ValueError(
+            f"derivative must have shape [B', C, H, W] with B' <= B and the rest of F, "
+            f"{list(shape)}, got {list(d.shape)}"
+        )
     if d_minus is not None:
-        dispatch.check_tensors(F=F, F_minus=d_minus)
         dispatch.check_shape("F_minus", d_minus, d.shape, "that of F_plus")
         if epsilon is None or not epsilon > 0:
             raise ValueError(f"epsilon must be positive with (F_plus, F_minus), got {epsilon}")
-    for name, tensor in (("F_cond", cond), ("F_null", null)):
-        if tensor is not None:
-            dispatch.check_tensors(F=F, **{name: tensor})
-            dispatch.check_shape(name, tensor, F.shape, "[B, C, H, W]")
-
-
-def _per_sample(values: Tensor, like: Tensor) -> Tensor:
-    return values.to(like.dtype)[:, None, None, None]
+    return device
 
 
 def _error(F: Tensor, target: Tensor, cosine: bool) -> Tensor:
@@ -165,15 +163,21 @@ def _error(F: Tensor, target: Tensor, cosine: bool) -> Tensor:
 
 
 def _reference(
-    F, x, z, table, d, d_minus, cond, null, time_weight, cosine
+    F, x, z, coefficients, d, d_minus, cond, null, time_weight, epsilon, cosine
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     wide = torch.promote_types(x.dtype, torch.float32)
-    columns = [_per_sample(column, torch.empty((), dtype=wide)) for column in table.unbind(1)]
-    target = columns[0] * x + columns[1] * z
-    for column, term in zip(columns[2:], (d, d_minus, cond, null), strict=True):
+    c_x, c_z, c_d, c_cond, c_null = coefficients.unbind(1)
+    if d_minus is not None:
+        c_d = c_d / (2 * epsilon)
+
+    def times(column: Tensor, term: Tensor) -> Tensor:
+        return column.to(wide)[F.shape[0] - term.shape[0] :, None, None, None] * term.to(wide)
+
+    target = times(c_x, x) + times(c_z, z)
+    for column, term in ((c_d, d), (-c_d, d_minus), (c_cond, cond), (c_null, null)):
         if term is not None:
+            part = times(column, term)
             first = F.shape[0] - term.shape[0]
-            part = column[first:] * term.to(wide)
             target = torch.cat((target[:first], target[first:] + part)) if first else target + part
     target = target.to(x.dtype)
     denoising = _error(F, target.to(wide), cosine)
@@ -194,39 +198,52 @@ def _codes(F: Tensor, data: Tensor) -> tuple[int, int]:
     return dispatch.DTYPE_CODES[F.dtype], dispatch.DTYPE_CODES[data.dtype]
 
 
+def _six_columns(coefficients: Tensor, epsilon: float) -> Tensor:
+    """Float32 columns for x, z, d, d_minus, cond, null: a central difference has c_d / (2 epsilon)
+    and its negative for d and d_minus."""
+    coefficients = dispatch.float32(coefficients)
+    if coefficients.is_cpu:
+        columns = coefficients.index_select(1, _COLUMNS)
+    else:  # no table in the memory of a host: copying it from there would stop the stream
+        columns = torch.cat((coefficients[:, :3], coefficients[:, 2:]), dim=1)
+    if epsilon:
+        columns[:, 2].div_(2 * epsilon)
+        columns[:, 3].div_(-2 * epsilon)
+    return columns
+
+
 def _forward(
-    F, x, z, table, d, d_minus, cond, null, time_weight, cosine
+    F, x, z, coefficients, d, d_minus, cond, null, time_weight, epsilon, cosine
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     arrays = [
         None if tensor is None else tensor.contiguous()
         for tensor in (F, x, z, d, d_minus, cond, null)
     ]
-    table = table.to(torch.float32).contiguous()
-    time_weight = time_weight.to(torch.float32).contiguous()
+    table, time_weight = _six_columns(coefficients, epsilon), dispatch.float32(time_weight)
     target = dispatch.empty_like(x)
     loss, denoising, weight = (torch.empty_like(time_weight) for _ in range(3))
     if F.numel():
         outputs = (target, loss, denoising, weight)
         dispatch.launch(
-            "transition_loss", F, *map(dispatch.pointer, (*arrays, table, time_weight)),
-            _first(F, d), *map(dispatch.pointer, outputs), *_geometry(F), cosine, *_codes(F, x),
+            "transition_loss", F, *arrays, table, time_weight, _first(F, d), *outputs,
+            *_geometry(F), cosine, *_codes(F, x),
         )  # fmt: skip
     return loss, denoising, weight, target
 
 
 def _fake(
-    F, x, z, table, d, d_minus, cond, null, time_weight, cosine
+    F, x, z, coefficients, d, d_minus, cond, null, time_weight, epsilon, cosine
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     loss, denoising, weight = (x.new_empty(x.shape[0], dtype=torch.float32) for _ in range(3))
     return loss, denoising, weight, dispatch.empty_like(x)
 
 
 def _backward(scale: Tensor, F: Tensor, target: Tensor, cosine: bool) -> Tensor:
-    scale, F = scale.to(torch.float32).contiguous(), F.contiguous()
+    scale, F = dispatch.float32(scale), F.contiguous()
     gradient = dispatch.empty_like(F)
     if F.numel():
         dispatch.launch(
-            "transition_loss_backward", F, *map(dispatch.pointer, (scale, F, target, gradient)),
+            "transition_loss_backward", F, scale, F, target, gradient,
             *_geometry(F), cosine, *_codes(F, target),
         )  # fmt: skip
     return gradient
@@ -246,20 +263,27 @@ def _setup(ctx, inputs: tuple, output: tuple[Tensor, ...]) -> None:
 
 def _gradient(ctx, g_loss: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
     if g_loss is None:
-        return (None,) * 10
+        return (None,) * 11
     F, weight, target = ctx.saved_tensors
     dispatch.refuse_tangents("the backward of transition_loss", g_loss, F)
     gradient = _transition_loss_backward(g_loss * weight, F, target, ctx.cosine)
-    return (gradient, *(None,) * 9)
+    return (gradient, *(None,) * 10)
 
 
-_transition_loss = dispatch.register(
-    "transition_loss(Tensor F, Tensor x, Tensor z, Tensor table, Tensor? d, Tensor? d_minus, "
-    "Tensor? cond, Tensor? null, Tensor time_weight, bool cosine) "
-    "-> (Tensor, Tensor, Tensor, Tensor)",
-    _forward, _fake, backward=_gradient, setup_context=_setup,
-)  # fmt: skip
 _transition_loss_backward = dispatch.register(
     "transition_loss_backward(Tensor scale, Tensor F, Tensor target, bool cosine) -> Tensor",
     _backward, _backward_fake,
+)  # fmt: skip
+_TRANSITION_LOSS = dispatch.Operator(
+    "transition_loss",
+    _reference,
+    plain=dispatch.register(
+        "transition_loss(Tensor F, Tensor x, Tensor z, Tensor coefficients, Tensor? d, "
+        "Tensor? d_minus, Tensor? cond, Tensor? null, Tensor time_weight, float epsilon, "
+        "bool cosine) "
+        "-> (Tensor, Tensor, Tensor, Tensor)",
+        _forward, _fake, backward=_gradient, setup_context=_setup,
+    ),
+    outputs=4,
+    refuses=_no_kernel_for,
 )  # fmt: skip
