@@ -135,8 +135,9 @@ class ObjectiveConfig:
 class DataConfig:
     """The training images."""
 
-    kind: Literal["digits", "folder", "arrays"] = "digits"
-    """scikit-learn's digits, a folder of images, or an .npz file / idx pair."""
+    kind: Literal["digits", "folder", "arrays", "latents"] = "digits"
+    """scikit-learn's digits, a folder of images, an .npz file / idx pair, or latents: shards of
+    tim encode, or one file for each image as the public code writes them."""
     path: str | None = None
     """The folder or file (not for digits)."""
     image_size: int = 64

@@ -102,7 +102,7 @@ def images_64() -> RunConfig:
 
 
 def _paper(name: str, steps: int, transport: TransportConfig, **train: int) -> RunConfig:
-    """Architecture, objective and optimizer of the released configuration; latents in an .npz file.
+    """Architecture, objective and optimizer of the released configuration; latents of `tim encode`.
 
     The derivative is the exact one, where the released runs took the finite difference.
     """
@@ -111,7 +111,7 @@ def _paper(name: str, steps: int, transport: TransportConfig, **train: int) -> R
         model=ARCHITECTURES[name],
         transport=transport,
         objective=ObjectiveConfig(guidance=GuidanceConfig(enabled=False)),
-        data=DataConfig(kind="arrays"),
+        data=DataConfig(kind="latents", flip=0.5),
         train=TrainConfig(
             steps=steps,
             **{"batch_size": 256, **train},

@@ -46,7 +46,11 @@ def build_dataset(config: DataConfig, split: str = "train") -> Dataset:
 
         return arrays(config.path, split, config.flip)
     if split == "test":
-        raise ValueError(f"{config.path}: a folder of images has no test split")
+        raise ValueError(f"{config.path}: data.kind {config.kind} has no test split")
+    if config.kind == "latents":
+        from tim.data.latents import open_latents
+
+        return open_latents(config.path, config.flip)
     from tim.data.folder import GIGABYTE, FolderDataset
 
     return FolderDataset(

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import io
 import os
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 
 from tim.data.dataset import Batch, Dataset, flip_some, to_float
 
@@ -100,8 +102,8 @@ class FolderDataset(Dataset):
         return pixels
 
 
-def list_images(path: Path) -> tuple[list[str], list[int], list[str]]:
-    """Image files below `path` (sorted, relative), the class number of each, the class names."""
+def image_files(path: Path) -> list[Path]:
+    """Image files below `path`, sorted, relative to it; ValueError when there is none."""
     if not path.is_dir():
         raise FileNotFoundError(f"data.path: {path} is not a folder")
     found = sorted(
@@ -112,6 +114,12 @@ def list_images(path: Path) -> tuple[list[str], list[int], list[str]]:
     )
     if not found:
         raise ValueError(f"{path} holds no images ({', '.join(sorted(SUFFIXES))})")
+    return found
+
+
+def list_images(path: Path) -> tuple[list[str], list[int], list[str]]:
+    """Image files below `path` (sorted, relative), the class number of each, the class names."""
+    found = image_files(path)
     top = [file.parts[0] if len(file.parts) > 1 else "" for file in found]
     classes = sorted(set(top))
     if "" in classes and len(classes) > 1:
@@ -135,22 +143,39 @@ def _walk(path: Path) -> Iterator[tuple[str, list[str]]]:
         yield folder, names
 
 
-def load_image(path: str | Path, size: int, channels: int = 3) -> np.ndarray:
-    """Centre square of the picture in `path`, upright, on white: uint8 [channels, size, size].
+def load_image(
+    file: str | Path | BinaryIO, size: int | tuple[int, int], channels: int = 3
+) -> np.ndarray:
+    """Middle of the picture in `file`, upright, on white: uint8 [channels, height, width].
+
+    Args:
+        size: height and width, or the side of a square. What of the picture has that aspect ratio
+            and is as large as can be is cut out at the centre and resized.
 
     Raises whatever Pillow raises for a file that is no complete image.
     """
-    with Image.open(path) as image:
+    height, width = (size, size) if isinstance(size, int) else size
+    with Image.open(file) as image:
         # JPEG decoders can shrink while decoding; twice the target is left for a clean resize.
-        image.draft(None, (2 * size, 2 * size))
+        image.draft(None, (2 * max(width, height),) * 2)
         image = ImageOps.exif_transpose(image)
-        side = min(image.size)
-        left, top = (image.width - side) // 2, (image.height - side) // 2
-        square = image.crop((left, top, left + side, top + side))
-    square = _flatten(square).convert("L" if channels == 1 else "RGB")
-    square = square.resize((size, size), Image.Resampling.LANCZOS, reducing_gap=3.0)
+        scale = min(image.width / width, image.height / height)
+        w, h = round(scale * width), round(scale * height)
+        left, top = (image.width - w) // 2, (image.height - h) // 2
+        middle = image.crop((left, top, left + w, top + h))
+    middle = _flatten(middle).convert("L" if channels == 1 else "RGB")
+    middle = middle.resize((width, height), Image.Resampling.LANCZOS, reducing_gap=3.0)
+    pixels = np.asarray(middle).reshape(height, width, channels)
     # Contiguous like a cached image: batches of both must have the same strides.
-    return np.ascontiguousarray(np.asarray(square).reshape(size, size, channels).transpose(2, 0, 1))
+    return np.ascontiguousarray(pixels.transpose(2, 0, 1))
+
+
+def image_size_of(data: bytes) -> tuple[int, int]:
+    """Height and width of an upright picture, without decoding it."""
+    with Image.open(io.BytesIO(data)) as image:
+        turned = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
+        width, height = image.size
+    return (width, height) if turned else (height, width)
 
 
 def _flatten(image: Image.Image) -> Image.Image:
