@@ -5,8 +5,8 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
 
+from rehearsal import Rehearsed
 from tim.config import GuidanceConfig, ObjectiveConfig
 from tim.data import ArrayDataset, Batch
 from tim.graphs import WARM_UP, Replayed, check_device, copied_into
@@ -14,29 +14,6 @@ from tim.trainer import Trainer
 from tiny_runs import config, same, weights
 
 CPU = torch.device("cpu")
-
-
-class Rehearsed(Replayed):
-    """Warm-up, recording and replays without a device: a replay runs the function again."""
-
-    def __init__(self, function, device, what):
-        self.recordings = 0
-        super().__init__(function, torch.device("cuda"), what)
-
-    def _warm_up(self) -> Tensor:
-        return self.function()
-
-    def _record(self):
-        self.recordings += 1
-        result = torch.empty(())
-
-        def replay() -> Tensor:
-            nonlocal result
-            fresh = self.function()
-            result = fresh if result.shape != fresh.shape else result.copy_(fresh)
-            return result
-
-        return replay
 
 
 def test_the_first_calls_warm_up_and_the_rest_is_replayed() -> None:

@@ -26,9 +26,9 @@ LAYERS = (
     ("models",),
     ("transports",),
     ("schedule",),
-    ("_passes", "derivative", "objective", "sampler"),
+    ("_passes", "derivative", "graphs", "objective", "sampling_graph", "sampler"),
     ("autoencoder", "repa", "text"),
-    ("config", "data", "checkpoint", "ema", "frechet", "graphs", "grid", "run_log", "step"),
+    ("config", "data", "checkpoint", "ema", "frechet", "grid", "run_log", "step"),
     ("pipeline", "presets", "trainer", "evaluate", "bench"),
     ("cli", "commands", "encode", "info", "__main__"),
 )

@@ -1,4 +1,6 @@
+import copy
 import math
+from weakref import WeakKeyDictionary
 
 import pytest
 import torch
@@ -6,7 +8,8 @@ from torch import nn
 
 from gaussian import GaussianTransition
 from golden_files import golden, relative_error
-from tim import transports
+from rehearsal import Rehearsed
+from tim import sampling_graph, transports
 from tim.models import TiM, TiMConfig
 from tim.sampler import resolution_shift, sample, shift_time
 from tim.transports import TRANSPORTS, rows
@@ -397,3 +400,95 @@ def test_errors(changes, error, message):
 def test_resolution_shift_errors():
     with pytest.raises(ValueError, match="tokens and base_tokens must be positive, got 0, 1024"):
         resolution_shift(0)
+
+
+# --- as a CUDA graph
+
+
+GRAPHED = {
+    "plain": {},
+    "guided": {"cfg_scale": 2.5, "null": torch.tensor([3, 3]), "cfg_interval": (0.2, 0.7)},
+    "diffusion": {"diffusion": True},
+    "noisy": {"stochasticity": 0.5, "step_noise": noise(8, 2, 1, 3, 3, seed=4)},
+    "trajectory": {"return_trajectory": True, "cfg_scale": 2.0, "null": torch.tensor([0, 0])},
+}
+
+
+@pytest.fixture
+def rehearsed(monkeypatch):
+    """Graphs whose replays run the function again, so that a CPU has them."""
+    monkeypatch.setattr("tim.sampling_graph.Replayed", Rehearsed)
+    monkeypatch.setattr("tim.sampler.check_device", lambda device, what: None)
+    monkeypatch.setattr("tim.sampling_graph._graphs", WeakKeyDictionary())
+
+
+@pytest.mark.parametrize("name", GRAPHED)
+def test_steps_on_static_tensors_are_the_plain_steps(rehearsed, name):
+    options = GRAPHED[name] | {"steps": 10}
+    expected = toy_sample(**options)
+    model = Toy()
+    for _ in range(2):  # the second time from graphs that are there
+        actual = toy_sample(model, cuda_graph=True, **options)
+        torch.testing.assert_close(actual, expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("transport", TRANSPORTS)
+def test_static_steps_of_every_transport(rehearsed, transport):
+    options = {"transport": transports.get(transport), "steps": 7, "return_trajectory": True}
+    options |= {"noise": noise(2, 1, 3, 3, dtype=torch.float64)}
+    expected = toy_sample(**options)
+    torch.testing.assert_close(toy_sample(cuda_graph=True, **options), expected, rtol=1e-12, atol=0)
+
+
+def test_graphs_are_kept_for_a_model_and_its_shapes(rehearsed):
+    model = Toy()
+
+    def graphs() -> list:
+        return [graph for kept in sampling_graph._graphs.values() for graph in kept.values()]
+
+    for batch in (2, 3):
+        y = torch.arange(batch)
+        for _ in range(3):
+            toy_sample(model, y=y, noise=noise(batch, 1, 3, 3), steps=5, cuda_graph=True)
+    assert len(graphs()) == 2 and all(g.replayed.recordings == 1 for g in graphs())
+    for batch in range(1, 2 * sampling_graph.MOST_GRAPHS):
+        y = torch.arange(batch)
+        toy_sample(model, y=y, noise=noise(batch, 1, 3, 3), steps=1, cuda_graph=True)
+    assert len(graphs()) == sampling_graph.MOST_GRAPHS
+    del model
+    assert not len(sampling_graph._graphs)
+
+
+def test_graphs_follow_weights_that_change_and_weights_that_move(rehearsed, golden_model):
+    model = copy.deepcopy(golden_model)
+    options = {"y": torch.tensor([1, 2]), "noise": noise(2, 4, 8, 8), "steps": 5}
+    for change in ("none", "in place", "moved"):
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if change == "in place":
+                    parameter.mul_(1.1)
+                elif change == "moved":
+                    parameter.data = parameter.data * 0.9
+        expected = toy_sample(model, **options)
+        torch.testing.assert_close(toy_sample(model, cuda_graph=True, **options), expected)
+
+
+def test_a_graph_needs_a_cuda_device():
+    with pytest.raises(ValueError, match=r"^cuda_graph needs a CUDA device, got cpu$"):
+        toy_sample(cuda_graph=True)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("guided", [False, True])
+def test_captured_samples_are_the_uncaptured_ones(golden_model, guided, autocast):
+    model = copy.deepcopy(golden_model).cuda()
+    options = {"y": torch.tensor([1, 2]).cuda(), "noise": noise(2, 4, 8, 8).cuda(), "steps": 12}
+    if guided:
+        options |= {"cfg_scale": 2.0, "null": model.null_condition(2), "cfg_interval": (0.1, 0.6)}
+    with torch.autocast("cuda", torch.bfloat16, enabled=autocast):
+        expected = toy_sample(model, **options)
+        for _ in range(2):
+            actual = toy_sample(model, cuda_graph=True, **options)
+            assert relative_error(actual, expected) < (1e-2 if autocast else 1e-5)

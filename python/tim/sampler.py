@@ -9,6 +9,8 @@ from torch import Tensor
 
 from tim._checks import check_callable, check_floating, check_number, check_tensor
 from tim._passes import evaluating
+from tim.graphs import check_device
+from tim.sampling_graph import network_step, replayed_step, step_weights
 from tim.schedule import resolution_shift, shift_time, shift_within
 from tim.transports import FlowMatching, Transport
 
@@ -36,6 +38,7 @@ def sample(
     step_noise: Tensor | None = None,
     return_trajectory: bool = False,
     progress: bool = False,
+    cuda_graph: bool = False,
 ) -> Tensor:
     """Carry ``noise`` from T_max to T_min: x_r = A(t, r) x_t + B(t, r) F(x_t, t, r) at every step.
 
@@ -63,6 +66,9 @@ def sample(
         step_noise: that noise itself, [steps - 2, B, C, H, W], one slice for each noisy step.
         return_trajectory: return [steps + 1, B, C, H, W] with the first state in row 0.
         progress: show a progress bar.
+        cuda_graph: launch a step as one CUDA graph. The first three steps of a shape run as usual,
+            the next is recorded; graphs are kept with the model, for later calls too, until its
+            weights move.
 
     Returns:
         The state at the last time, or the trajectory, in the dtype of ``noise``.
@@ -73,6 +79,8 @@ def sample(
     Source: arXiv 2509.04394 (transitions and resolution-dependent shift of the times).
     """
     _check(model, y, noise, transport, cfg_scale, cfg_interval, null, stochasticity, generator)
+    if cuda_graph:
+        check_device(noise.device, "cuda_graph")
     times = _times(transport, steps, schedule, shift)
     # The first and the last step are never noisy.
     noisy = _noise_source(noise, max(len(times) - 3, 0), stochasticity, generator, step_noise)
@@ -83,14 +91,26 @@ def sample(
         # Times stay on the CPU: choosing what to do at a step never waits for the device.
         for i in _progress(range(len(times) - 1), progress):
             t, r = times[i], times[i + 1]
-            F = predict(
-                model, x.to(noise.dtype), t, t if diffusion else r, y, transport=transport,
-                null=null, cfg_scale=cfg_scale, cfg_interval=cfg_interval,
-            )  # fmt: skip
-            if stochasticity > 0 and 0 < i < len(times) - 2:
-                x = transport.stochastic_step(x, t, r, F, stochasticity, next(noisy).double())
+            told = t if diffusion else r
+            noisy_step = stochasticity > 0 and 0 < i < len(times) - 2
+            fresh = next(noisy).double() if noisy_step else None
+            if cuda_graph:
+                guided = is_guided(t, transport, cfg_scale, cfg_interval)
+                weights = step_weights(transport, t, r, stochasticity if noisy_step else None)
+                x = replayed_step(
+                    model, x, fresh, y, null if guided else None, cfg_scale, weights,
+                    times=tuple(transport.c_noise(time).item() for time in (t, told)),
+                    dtype=noise.dtype,
+                )  # fmt: skip
             else:
-                x = transport.step(x, t, r, F)
+                F = predict(
+                    model, x.to(noise.dtype), t, told, y, transport=transport, null=null,
+                    cfg_scale=cfg_scale, cfg_interval=cfg_interval,
+                )  # fmt: skip
+                if noisy_step:
+                    x = transport.stochastic_step(x, t, r, F, stochasticity, fresh)
+                else:
+                    x = transport.step(x, t, r, F)
             if return_trajectory:
                 states.append(x.to(noise.dtype))
     return torch.stack(states) if return_trajectory else x.to(noise.dtype)
@@ -112,21 +132,22 @@ def predict(
 
     Returns F [B, C, H, W] in float64. Arguments as for `sample`.
     """
-    # A step on an edge of the interval is outside it, whatever the rounding of its time.
-    low, high = cfg_interval[0] + 1e-9, cfg_interval[1] - 1e-9
-    guided = cfg_scale > 1 and low < t / transport.T_max < high
-    if guided:
-        x, y = torch.cat([x, x]), torch.cat([y, null.to(y)])
+    guided = is_guided(t, transport, cfg_scale, cfg_interval)
+    conditions = torch.cat([y, null.to(y)]) if guided else y
     dtype = torch.promote_types(x.dtype, torch.float32)
     c_t, c_r = (
-        torch.full((len(x),), transport.c_noise(time).item(), dtype=dtype, device=x.device)
+        torch.full((len(conditions),), transport.c_noise(time).item(), dtype=dtype, device=x.device)
         for time in (t, r)
     )
-    F = model(x, c_t, c_r, y).double()
-    if guided:
-        F_cond, F_null = F.chunk(2)
-        F = F_null + cfg_scale * (F_cond - F_null)
-    return F
+    return network_step(model, x, c_t, c_r, conditions, cfg_scale)
+
+
+def is_guided(
+    t: Tensor, transport: Transport, cfg_scale: float, cfg_interval: tuple[float, float]
+) -> bool:
+    # A step on an edge of the interval is outside it, whatever the rounding of its time.
+    low, high = cfg_interval[0] + 1e-9, cfg_interval[1] - 1e-9
+    return bool(cfg_scale > 1 and low < t / transport.T_max < high)
 
 
 def _times(
