@@ -155,8 +155,10 @@ def test_a_step_leaves_the_weights_alone() -> None:
     size = step.STEP_SIZES["cpu"][0]
     setup = step.Setup.random(size, torch.float32, torch.device("cpu"))
     before = {name: value.clone() for name, value in setup.model.state_dict().items()}
-    take = step.own_candidates(setup)["jvp"].step()
+    candidate = step.own_candidates(setup)["jvp"]
+    take = candidate.step()
     first, second = take(), take()
-    assert torch.equal(first, second) and first.abs().max() > 0
+    assert torch.equal(first, second) and (first > 0).sum() == 3  # all but the projection loss
+    assert candidate.objective()[1].abs().max() > 0
     for name, value in setup.model.state_dict().items():
         assert torch.equal(value, before[name])

@@ -10,7 +10,7 @@ from tim.bench.step import Setup, StepSize
 from tim.models import TiMConfig
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
-from peers import PlainTiM, peers, public_objective
+from peers import PlainTiM, PublicStep, peers, public_objective
 
 CONFIGS = {
     "plain": TiMConfig(
@@ -40,13 +40,15 @@ def test_the_peer_is_the_same_network(setup) -> None:
     torch.testing.assert_close(plain(*inputs), expected, rtol=1e-4, atol=1e-5)
 
 
-def test_the_peer_takes_the_same_step(setup) -> None:
+@pytest.mark.parametrize("kind", ["dde", "jvp"])
+def test_the_peer_takes_the_same_step(setup, kind) -> None:
     plain = PlainTiM(setup.model.config)
     plain.load_state_dict(setup.model.state_dict())
-    loss, derivative = public_objective(plain, setup)
-    out = setup.loss("dde")(setup.model, *setup.batch)
+    loss, derivative = public_objective(plain, setup, kind)
+    out = setup.loss(kind)(setup.model, *setup.batch)
     # A float32 difference over 0.01 has lost two digits, on both sides.
-    torch.testing.assert_close(derivative, out.derivative, rtol=1e-2, atol=1e-2)
+    rounding = 1e-2 if kind == "dde" else 1e-4
+    torch.testing.assert_close(derivative, out.derivative, rtol=rounding, atol=rounding)
     torch.testing.assert_close(loss, out.loss, rtol=1e-3, atol=1e-4)
     assert derivative[:5].abs().max() == 0
     assert derivative[5:].abs().max() > 0
@@ -59,6 +61,22 @@ def test_the_peer_takes_the_same_step(setup) -> None:
         assert error < 2e-3, name
 
 
+def test_whole_steps_of_the_peers_change_what_ours_change(setup) -> None:
+    public = PublicStep(setup)
+    step = setup.training_step()
+    step.lr.fill_(1e-2)
+    public.optimizer.param_groups[0].update(lr=1e-2, betas=(0.9, 0.95), eps=1e-6)
+    step.run()
+    public.take(public.model, "jvp")
+    ours = dict(setup.model.named_parameters())
+    averages = dict(step.ema.model.named_parameters())
+    for name, parameter in public.model.named_parameters():
+        torch.testing.assert_close(parameter, ours[name], rtol=1e-3, atol=1e-3)
+    for name, parameter in public.average.named_parameters():
+        torch.testing.assert_close(parameter, averages[name], rtol=1e-4, atol=1e-6)
+
+
 def test_peers_are_compiled_only_when_asked(setup) -> None:
-    assert list(peers(setup, False)) == ["public dde", "public jvp"]
-    assert list(peers(setup, True)) == ["public dde", "public jvp", "public dde, compiled"]
+    eager = ["public dde", "public jvp"]
+    assert list(peers(setup, False)) == eager
+    assert list(peers(setup, True)) == [*eager, "public dde, compiled"]

@@ -51,9 +51,9 @@ def find_pybind11(folder: Path) -> subprocess.CompletedProcess:
 def test_needs_torch_and_numpy_alone():
     code = """
 import sys
-for name in ("yaml", "tyro", "safetensors", "huggingface_hub"):
+for name in ("yaml", "safetensors", "huggingface_hub", "tyro", "rich", "PIL", "matplotlib"):
     sys.modules[name] = None
-import tim.bench.step
+import tim.bench.launch_report, tim.bench.step
 from tim import models
 model = models.TiM(models.TiMConfig(hidden_size=16, num_heads=2, depth=1))
 for call in (model.save_pretrained, model.push_to_hub, model.from_pretrained):
