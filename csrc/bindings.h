@@ -4,6 +4,7 @@
 #pragma once
 
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include <array>
 #include <cstdint>
@@ -52,22 +53,29 @@ struct pybind11::detail::type_caster<tim::Address> {
 
 namespace tim {
 
+// Strides are tuples of three in Python, numbers are themselves.
 template <class A>
-using PythonType = std::conditional_t<std::is_pointer_v<A>, Address, A>;
+using PythonType =
+    std::conditional_t<std::is_pointer_v<A>, Address,
+                       std::conditional_t<std::is_same_v<A, Strides>, std::array<int64_t, 3>, A>>;
 
 template <class A>
 A native(PythonType<A> value) {
     if constexpr (std::is_pointer_v<A>) {
         return reinterpret_cast<A>(value.value);
+    } else if constexpr (std::is_same_v<A, Strides>) {
+        return {value[0], value[1], value[2]};
     } else {
         return value;
     }
 }
 
-inline int64_t as_integer(Address address) { return static_cast<int64_t>(address.value); }
+// What `check` looks at; of strides there is nothing to check.
+inline int64_t checked(Address address) { return static_cast<int64_t>(address.value); }
+inline int64_t checked(const std::array<int64_t, 3>&) { return 0; }
 
-template <class A>
-int64_t as_integer(A value) {
+template <class Number>
+int64_t checked(Number value) {
     return static_cast<int64_t>(value);
 }
 
@@ -115,8 +123,7 @@ template <class... A, size_t... I>
 void define(py::module_& module, const char* name, void (*kernel)(A...),
             std::vector<Parameter> parameters, std::index_sequence<I...>) {
     const auto call = [=](PythonType<A>... arguments) {
-        check<sizeof...(A)>(name, parameters, {as_integer(arguments)...},
-                            {std::is_pointer_v<A>...});
+        check<sizeof...(A)>(name, parameters, {checked(arguments)...}, {std::is_pointer_v<A>...});
         kernel(native<A>(arguments)...);
     };
     module.def(name, call, py::arg(parameters[I].name.c_str())...,
@@ -160,6 +167,21 @@ inline void define_kernels(py::module_ m, const Kernels& k) {
     define(m, "qk_norm_rope_tangent", k.qk_norm_rope_tangent,
            "qkv tqkv q_weight q_bias k_weight k_bias cos sin q k v tq tk tv "
            "batch# tokens# heads# head_dim# stride_b stride_n tstride_b tstride_n eps dtype where");
+    define(m, "attention", k.attention,
+           "q k v cu_seqlens_q? cu_seqlens_k? out lse q_strides k_strides v_strides "
+           "batch# n# m# heads# head_dim# sequences max_n max_m scale dtype where");
+    define(m, "attention_backward", k.attention_backward,
+           "dout q k v out lse cu_seqlens_q? cu_seqlens_k? delta? dq dk dv "
+           "q_strides k_strides v_strides "
+           "batch# n# m# heads# head_dim# sequences max_n max_m scale dtype where");
+    define(m, "attention_tangent", k.attention_tangent,
+           "q k v out lse t_q? t_k? t_v? cu_seqlens_q? cu_seqlens_k? t_out t_lse? "
+           "q_strides k_strides v_strides t_q_strides t_k_strides t_v_strides "
+           "batch# n# m# heads# head_dim# sequences max_n max_m scale dtype where");
+    define(m, "attention_dual", k.attention_dual,
+           "q k v t_q? t_k? t_v? cu_seqlens_q? cu_seqlens_k? out lse t_out t_lse? "
+           "q_strides k_strides v_strides t_q_strides t_k_strides t_v_strides "
+           "batch# n# m# heads# head_dim# sequences max_n max_m scale dtype where");
     define(m, "transition_loss", k.transition_loss,
            "F x z d? d_minus? cond? null? coefficients time_weight first target loss denoising "
            "weight batch# channels# positions# cosine dtype data_dtype where");

@@ -7,6 +7,12 @@ namespace tim {
 
 enum DType : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
 
+// Distances, in elements, from one sample, token and head of a [B, N, H, D] tensor to the next; the
+// numbers of a head lie side by side.
+struct Strides {
+    int64_t batch, token, head;
+};
+
 // One back end's kernels; an entry that stays null does not exist in Python either.
 //
 // `const float*` and `float*` are float32 whatever the dtype; `void*` are of type `dtype`
@@ -62,6 +68,49 @@ struct Kernels {
                                  int64_t heads, int64_t head_dim, int64_t stride_b,
                                  int64_t stride_n, int64_t tstride_b, int64_t tstride_n, double eps,
                                  int dtype, int64_t where);
+
+    // Attention. q and t_q are [batch, n, heads, head_dim], k, v, t_k and t_v [batch, m, heads,
+    // head_dim], all with strides; out, dout, t_out, dq, dk and dv are contiguous in these shapes;
+    // lse, t_lse and delta are contiguous [batch, heads, n].
+    //
+    // Packed: sequences > 0, batch = 1, and cu_seqlens_q, cu_seqlens_k [sequences + 1] in the
+    // device's memory are the first rows of the sequences, which see only themselves. They ascend
+    // from 0 to n and m. max_n and max_m are upper bounds of the sequences' lengths (n and m where
+    // nobody knows better). Otherwise sequences = 0, cu_seqlens are null, and max_n = n, max_m = m.
+    //
+    // A query without keys has out = 0, lse = -infinity and tangents of zero.
+    void (*attention)(const void* q, const void* k, const void* v, const int32_t* cu_seqlens_q,
+                      const int32_t* cu_seqlens_k, void* out, float* lse, Strides q_strides,
+                      Strides k_strides, Strides v_strides, int64_t batch, int64_t n, int64_t m,
+                      int64_t heads, int64_t head_dim, int64_t sequences, int64_t max_n,
+                      int64_t max_m, double scale, int dtype, int64_t where);
+    // delta is scratch memory: rowsum(dout * out). Bit for bit the same on every call.
+    void (*attention_backward)(const void* dout, const void* q, const void* k, const void* v,
+                               const void* out, const float* lse, const int32_t* cu_seqlens_q,
+                               const int32_t* cu_seqlens_k, float* delta, void* dq, void* dk,
+                               void* dv, Strides q_strides, Strides k_strides, Strides v_strides,
+                               int64_t batch, int64_t n, int64_t m, int64_t heads, int64_t head_dim,
+                               int64_t sequences, int64_t max_n, int64_t max_m, double scale,
+                               int dtype, int64_t where);
+    // From out and lse, whoever computed them. A null t_q, t_k or t_v is zero and costs nothing; at
+    // least one is there. t_lse, the tangent of lse, is written where it is not null.
+    void (*attention_tangent)(const void* q, const void* k, const void* v, const void* out,
+                              const float* lse, const void* t_q, const void* t_k, const void* t_v,
+                              const int32_t* cu_seqlens_q, const int32_t* cu_seqlens_k, void* t_out,
+                              float* t_lse, Strides q_strides, Strides k_strides, Strides v_strides,
+                              Strides t_q_strides, Strides t_k_strides, Strides t_v_strides,
+                              int64_t batch, int64_t n, int64_t m, int64_t heads, int64_t head_dim,
+                              int64_t sequences, int64_t max_n, int64_t max_m, double scale,
+                              int dtype, int64_t where);
+    // attention and attention_tangent in one pass. Optional: a back end without it is called twice.
+    void (*attention_dual)(const void* q, const void* k, const void* v, const void* t_q,
+                           const void* t_k, const void* t_v, const int32_t* cu_seqlens_q,
+                           const int32_t* cu_seqlens_k, void* out, float* lse, void* t_out,
+                           float* t_lse, Strides q_strides, Strides k_strides, Strides v_strides,
+                           Strides t_q_strides, Strides t_k_strides, Strides t_v_strides,
+                           int64_t batch, int64_t n, int64_t m, int64_t heads, int64_t head_dim,
+                           int64_t sequences, int64_t max_n, int64_t max_m, double scale, int dtype,
+                           int64_t where);
 
     void (*transition_loss)(const void* F, const void* x, const void* z, const void* d,
                             const void* d_minus, const void* cond, const void* null,
