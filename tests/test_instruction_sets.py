@@ -56,4 +56,5 @@ def test_the_operations_pass_with(isa):
 def test_an_unknown_name_is_refused():
     result = chosen("sse9")
     assert result.returncode != 0
-    assert "TIM_ISA must be one of avx512, avx2, baseline, got sse9" in result.stderr
+    assert "TIM_ISA must be one of " in result.stderr
+    assert "avx2, baseline, got sse9" in result.stderr

@@ -13,6 +13,7 @@
     void add_swiglu(Kernels&);          \
     void add_adaln(Kernels&);           \
     void add_qk_norm_rope(Kernels&);    \
+    void add_attention(Kernels&);       \
     void add_transition_loss(Kernels&); \
     static Kernels kernels() {          \
         Kernels table{};                \
@@ -20,6 +21,7 @@
         add_swiglu(table);              \
         add_adaln(table);               \
         add_qk_norm_rope(table);        \
+        add_attention(table);           \
         add_transition_loss(table);     \
         return table;                   \
     }                                   \
@@ -29,6 +31,17 @@ TIM_DECLARE_KERNELS(baseline)
 #ifdef TIM_X86_KERNELS
 TIM_DECLARE_KERNELS(avx2)
 TIM_DECLARE_KERNELS(avx512)
+#endif
+
+#ifdef TIM_AVX512BF16_KERNELS
+namespace tim::cpu::avx512bf16 {
+void add_attention(Kernels&);
+static Kernels kernels() {
+    Kernels table = avx512::kernels();
+    add_attention(table);
+    return table;
+}
+}  // namespace tim::cpu::avx512bf16
 #endif
 
 namespace tim::cpu {
@@ -47,12 +60,16 @@ struct Selection {
 
 // Best first. The environment variable TIM_ISA forces one, so that a test can run them all.
 Selection select() {
-    const Choice choices[] = {
 #ifdef TIM_X86_KERNELS
-        {"avx512",
-         __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-             __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq"),
-         avx512::kernels},
+    const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+#endif
+    const Choice choices[] = {
+#ifdef TIM_AVX512BF16_KERNELS
+        {"avx512bf16", avx512 && __builtin_cpu_supports("avx512bf16"), avx512bf16::kernels},
+#endif
+#ifdef TIM_X86_KERNELS
+        {"avx512", avx512, avx512::kernels},
         {"avx2", __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"), avx2::kernels},
 #endif
         {"baseline", true, baseline::kernels},
@@ -65,8 +82,10 @@ Selection select() {
                                      ": this processor lacks these instructions");
         }
     }
-    throw std::runtime_error(std::string("TIM_ISA must be one of avx512, avx2, baseline, got ") +
-                             forced);
+    std::string names;
+    for (const Choice& choice : choices)
+        names += (names.empty() ? "" : ", ") + std::string(choice.isa);
+    throw std::runtime_error("TIM_ISA must be one of " + names + ", got " + forced);
 }
 
 const Selection& selection() {

@@ -1,0 +1,405 @@
+#include "attention.h"
+
+#include "kernel.h"
+
+namespace tim::cpu::TIM_ISA {
+namespace {
+
+template <class T>
+struct Arguments {
+    Shape shape;
+    Operand<T> q, k, v, t_q, t_k, t_v;
+    T* out;
+    float* lse;
+    T* t_out;
+    float* t_lse;
+    float scale;
+    bool given;  // out and lse are operands
+
+    bool scores_move() const { return bool(t_q) || bool(t_k); }
+};
+
+// What one block of queries carries from tile to tile, all transposed.
+struct Block {
+    int64_t first, count, vectors;
+    float *q, *t_q;      // [words of D][queries]
+    float *out, *t_out;  // [D][queries], sums that still lack the factor 1 / sum
+    float *max, *sum;    // of scores in units of ln 2, of weights; given: lse and 1
+    float* t_sum;        // sum of the tangents of the scores, weighted
+
+    int64_t queries() const { return vectors * kLanes; }
+};
+
+// Scores become weights, and tangents of scores the products with them, in place. Adds to the sums.
+// Of pairs, two rows become one.
+template <bool pairs, int vectors, bool moving>
+void weigh(float* scores, float* t_scores, int64_t keys, const Block& block) {
+    constexpr int kQueries = vectors * kLanes;
+    float sum[kQueries] = {}, t_sum[kQueries] = {};
+    const float* lse = block.max;
+    if constexpr (pairs) {
+        for (int64_t key = 0; key < keys; key += 2) {
+            float *first = scores + key * kQueries, *second = first + kQueries;
+            float *t_first = t_scores + key * kQueries, *t_second = t_first + kQueries;
+            float *to = scores + key / 2 * kQueries, *t_to = t_scores + key / 2 * kQueries;
+            const bool last = key + 1 == keys;
+#pragma omp simd
+            for (int i = 0; i < kQueries; ++i) {
+                const float low = math::attention_weight(first[i], lse[i]);
+                const float high = last ? 0.0f : math::attention_weight(second[i], lse[i]);
+                sum[i] += low + high;
+                to[i] = rounded_pair(low, high);
+                if constexpr (moving) {
+                    const float product = rounded_pair(low * t_first[i], high * t_second[i]);
+                    // Of the rounded numbers: the tangent is a difference of sums over them.
+                    t_sum[i] += low_of(product) + high_of(product);
+                    t_to[i] = product;
+                }
+            }
+        }
+    } else {
+        for (int64_t key = 0; key < keys; ++key) {
+            float *row = scores + key * kQueries, *t_row = t_scores + key * kQueries;
+#pragma omp simd
+            for (int i = 0; i < kQueries; ++i) {
+                const float weight = math::attention_weight(row[i], lse[i]);
+                sum[i] += weight;
+                row[i] = weight;
+                if constexpr (moving) {
+                    const float product = weight * t_row[i];
+                    t_sum[i] += product;
+                    t_row[i] = product;
+                }
+            }
+        }
+    }
+#pragma omp simd
+    for (int i = 0; i < kQueries; ++i) {
+        block.sum[i] += sum[i];
+        block.t_sum[i] += t_sum[i];
+    }
+}
+
+// Lifts block.max to the maximum that includes this tile, and scales what was summed before.
+template <int vectors>
+void rescale(const float* scores, int64_t keys, int64_t depth, bool first, const Block& block) {
+    constexpr int kQueries = vectors * kLanes;
+    float top[kQueries], factor[kQueries];
+#pragma omp simd
+    for (int i = 0; i < kQueries; ++i) top[i] = block.max[i];
+    for (int64_t key = 0; key < keys; ++key) {
+        const float* row = scores + key * kQueries;
+#pragma omp simd
+        for (int i = 0; i < kQueries; ++i) top[i] = row[i] > top[i] ? row[i] : top[i];
+    }
+    bool changed = false;
+    for (int i = 0; i < kQueries; ++i) changed = changed || top[i] != block.max[i];
+    if (!changed) return;
+#pragma omp simd
+    for (int i = 0; i < kQueries; ++i) {
+        factor[i] = math::attention_weight(block.max[i], top[i]);
+        block.max[i] = top[i];
+        block.sum[i] *= factor[i];
+        block.t_sum[i] *= factor[i];
+    }
+    if (first) return;
+    float* const outputs[] = {block.out, block.t_out};
+    for (float* sums : outputs) {
+        if (sums == nullptr) continue;
+        for (int64_t d = 0; d < depth; ++d) {
+            float* row = sums + d * kQueries;
+#pragma omp simd
+            for (int i = 0; i < kQueries; ++i) row[i] *= factor[i];
+        }
+    }
+}
+
+// One thread's memory and loops.
+template <class T>
+class Worker {
+  public:
+    static constexpr bool kPairs = Words<T>::kPairs;
+    static constexpr int64_t kBlocks = kGroupQueries / kBlockQueries;
+
+    Worker(const Arguments<T>& arguments, float* memory) : a_(arguments), next_(memory) {
+        keys_ = take(kTileKeys * depth());
+        values_ = take(kTileKeys * depth());
+        t_keys_ = a_.t_k ? take(kTileKeys * depth()) : nullptr;
+        t_values_ = a_.t_v ? take(kTileKeys * depth()) : nullptr;
+        scores_ = take(kTileKeys * kBlockQueries);
+        t_scores_ = take(kTileKeys * kBlockQueries);
+        staging_ = take(kBlockQueries * padded());
+        t_staging_ = take(kBlockQueries * padded());
+        for (Block& block : blocks_) {
+            block.q = take(kBlockQueries * padded());
+            block.t_q = a_.t_q ? take(kBlockQueries * padded()) : nullptr;
+            block.out = a_.given ? nullptr : take(kBlockQueries * padded());
+            block.t_out = a_.t_out ? take(kBlockQueries * padded()) : nullptr;
+            block.max = take(kBlockQueries);
+            block.sum = take(kBlockQueries);
+            block.t_sum = take(kBlockQueries);
+        }
+    }
+
+    // Floats that a worker takes at most.
+    static int64_t memory(const Shape& shape) {
+        const int64_t padded = round_up(shape.head_dim, kLanes > kDepthUnit ? kLanes : kDepthUnit);
+        return 4 * kTileKeys * padded + 2 * kTileKeys * kBlockQueries +
+               (2 + 4 * kBlocks) * kBlockQueries * padded + 3 * kBlocks * kBlockQueries;
+    }
+
+    void run(const Task& task) {
+        task_ = task;
+        if (task.keys == 0) return without_keys();
+        start();
+        for (int64_t key = 0; key < task.keys; key += kTileKeys) {
+            pack_tile(key);
+            for (int64_t i = 0; i < count_; ++i) {
+                const Block& block = blocks_[i];
+                with_vectors(block.vectors, [&](auto vectors) {
+                    add_tile<decltype(vectors)::value>(block, key == 0);
+                });
+            }
+        }
+        for (int64_t i = 0; i < count_; ++i) finish(blocks_[i]);
+    }
+
+  private:
+    int64_t head_dim() const { return a_.shape.head_dim; }
+    int64_t depth() const { return round_up(head_dim(), kDepthUnit); }
+    int64_t padded() const {
+        return round_up(head_dim(), kLanes > kDepthUnit ? kLanes : kDepthUnit);
+    }
+
+    float* take(int64_t count) {
+        float* taken = next_;
+        next_ += count;
+        return taken;
+    }
+
+    // Index into lse and, times D, into outputs.
+    int64_t row_of_lse(int64_t row) const {
+        return (task_.sample * a_.shape.heads + task_.head) * a_.shape.n + row;
+    }
+    int64_t row_of_out(int64_t row) const {
+        return ((task_.sample * a_.shape.n + row) * a_.shape.heads + task_.head) * head_dim();
+    }
+
+    void start() {
+        const int64_t vectors = ceil_div(task_.rows, kLanes);
+        count_ = ceil_div(vectors, kRegisterVectors);
+        for (int64_t i = 0; i < count_; ++i) {
+            Block& block = blocks_[i];
+            block.first = i * vectors / count_ * kLanes;
+            block.vectors = (i + 1) * vectors / count_ - i * vectors / count_;
+            const int64_t left = task_.rows - block.first;
+            block.count = left < block.queries() ? left : block.queries();
+            pack_queries(block, a_.q, block.q);
+            if (a_.t_q) pack_queries(block, a_.t_q, block.t_q);
+            for (int64_t lane = 0; lane < block.queries(); ++lane) {
+                block.sum[lane] = block.t_sum[lane] = 0.0f;
+                block.max[lane] = -INFINITY;
+                if (a_.given)
+                    block.max[lane] =
+                        lane < block.count
+                            ? a_.lse[row_of_lse(task_.row + block.first + lane)] * math::kLog2E
+                            : 0.0f;
+            }
+        }
+    }
+
+    void pack_queries(const Block& block, Operand<T> x, float* to) {
+        const T* rows = first_query(x, task_) + block.first * x.strides.token;
+        pack_transposed(rows, x.strides.token, block.count, block.vectors, head_dim(), to,
+                        staging_);
+    }
+
+    void pack_tile(int64_t key) {
+        const int64_t left = task_.keys - key;
+        tile_ = left < kTileKeys ? left : kTileKeys;
+        pack_keys(a_.k, key, keys_);
+        if (a_.t_k) pack_keys(a_.t_k, key, t_keys_);
+        if (!a_.given || a_.scores_move()) pack_values(a_.v, key, values_);
+        if (a_.t_v) pack_values(a_.t_v, key, t_values_);
+    }
+
+    void pack_keys(Operand<T> x, int64_t key, float* to) {
+        pack_rows(first_key(x, task_) + key * x.strides.token, x.strides.token, tile_,
+                  round_up(tile_, kRegisterRows), head_dim(), to, words<T>(depth()));
+    }
+
+    void pack_values(Operand<T> x, int64_t key, float* to) {
+        sum_length_ = pack_sum(first_key(x, task_) + key * x.strides.token, x.strides.token, tile_,
+                               head_dim(), to, depth());
+    }
+
+    template <int vectors>
+    void add_tile(const Block& block, bool first) {
+        const bool moving = a_.scores_move();
+        scores<vectors, Into::kSet>(keys_, block.q, a_.scale * math::kLog2E, scores_);
+        if (a_.t_q) scores<vectors, Into::kSet>(keys_, block.t_q, a_.scale, t_scores_);
+        if (a_.t_k && a_.t_q) {
+            scores<vectors, Into::kAdd>(t_keys_, block.q, a_.scale, t_scores_);
+        } else if (a_.t_k) {
+            scores<vectors, Into::kSet>(t_keys_, block.q, a_.scale, t_scores_);
+        }
+        if (!a_.given) rescale<vectors>(scores_, tile_, depth(), first, block);
+        if (moving) {
+            weigh<kPairs, vectors, true>(scores_, t_scores_, tile_, block);
+        } else {
+            weigh<kPairs, vectors, false>(scores_, t_scores_, tile_, block);
+        }
+        if (!a_.given) sums<vectors>(values_, scores_, block.out, !first);
+        if (moving) sums<vectors>(values_, t_scores_, block.t_out, !first);
+        if (a_.t_v) sums<vectors>(t_values_, scores_, block.t_out, !first || moving);
+    }
+
+    template <int vectors, Into into>
+    void scores(const float* keys, const float* queries, float scale, float* to) {
+        const int64_t length = words<T>(depth());
+        multiply<kPairs, vectors, into>({keys, length, 1}, round_up(tile_, kRegisterRows), queries,
+                                        length, scale, to, vectors * kLanes);
+    }
+
+    template <int vectors>
+    void sums(const float* values, const float* weights, float* to, bool add) {
+        const Left left{values, 1, depth()};
+        if (add) {
+            multiply<kPairs, vectors, Into::kAdd>(left, depth(), weights, sum_length_, 1.0f, to,
+                                                  vectors * kLanes);
+        } else {
+            multiply<kPairs, vectors, Into::kSet>(left, depth(), weights, sum_length_, 1.0f, to,
+                                                  vectors * kLanes);
+        }
+    }
+
+    void finish(const Block& block) {
+        const int64_t queries = block.queries();
+        if (block.out != nullptr)
+            transpose(block.out, queries, padded(), queries, staging_, padded());
+        if (block.t_out != nullptr)
+            transpose(block.t_out, queries, padded(), queries, t_staging_, padded());
+        for (int64_t lane = 0; lane < block.count; ++lane) {
+            const int64_t row = task_.row + block.first + lane;
+            const float factor = a_.given ? 1.0f : 1.0f / block.sum[lane];
+            const float t_lse = block.t_sum[lane] * factor;
+            T* out = a_.out + row_of_out(row);
+            float* sums = staging_ + lane * padded();
+            if (a_.given) {
+#pragma omp simd
+                for (int64_t d = 0; d < head_dim(); ++d) sums[d] = load(out + d);
+            } else {
+                a_.lse[row_of_lse(row)] = block.max[lane] * math::kLn2 + logf(block.sum[lane]);
+#pragma omp simd
+                for (int64_t d = 0; d < head_dim(); ++d) {
+                    sums[d] *= factor;
+                    store(out + d, sums[d]);
+                }
+            }
+            if (block.t_out == nullptr) continue;
+            const float* t_sums = t_staging_ + lane * padded();
+            T* t_out = a_.t_out + row_of_out(row);
+#pragma omp simd
+            for (int64_t d = 0; d < head_dim(); ++d)
+                store(t_out + d, math::attention_tangent(factor * t_sums[d], t_lse, sums[d]));
+            if (a_.t_lse != nullptr) a_.t_lse[row_of_lse(row)] = t_lse;
+        }
+    }
+
+    void without_keys() {
+        for (int64_t row = task_.row; row < task_.row + task_.rows; ++row) {
+            for (int64_t d = 0; d < head_dim(); ++d) {
+                if (!a_.given) store(a_.out + row_of_out(row) + d, 0.0f);
+                if (a_.t_out != nullptr) store(a_.t_out + row_of_out(row) + d, 0.0f);
+            }
+            if (!a_.given) a_.lse[row_of_lse(row)] = -INFINITY;
+            if (a_.t_lse != nullptr) a_.t_lse[row_of_lse(row)] = 0.0f;
+        }
+    }
+
+    const Arguments<T>& a_;
+    float* next_;
+    float *keys_, *values_, *t_keys_, *t_values_, *scores_, *t_scores_, *staging_, *t_staging_;
+    Block blocks_[kBlocks];
+    Task task_{};
+    int64_t count_ = 0, tile_ = 0, sum_length_ = 0;
+};
+
+template <class T>
+void run(const Arguments<T>& arguments, int64_t threads) {
+    const Shape& shape = arguments.shape;
+    const int64_t group = group_size(shape, threads);
+    const int64_t tasks = count_tasks(shape, group);
+    const int64_t memory = Worker<T>::memory(shape);
+    const Scratch scratch(threads * memory);
+    const int64_t cost = group * shape.m * shape.head_dim;
+    parallel_for(tasks, cost, threads, [&](int64_t begin, int64_t end, int64_t thread) {
+        Worker<T> worker(arguments, scratch.data + thread * memory);
+        for_tasks(shape, group, begin, end, [&](const Task& task) { worker.run(task); });
+    });
+}
+
+template <class T>
+Operand<T> operand(const void* data, Strides strides) {
+    return {static_cast<const T*>(data), strides};
+}
+
+void attention(const void* q, const void* k, const void* v, const int32_t* cu_seqlens_q,
+               const int32_t* cu_seqlens_k, void* out, float* lse, Strides q_strides,
+               Strides k_strides, Strides v_strides, int64_t batch, int64_t n, int64_t m,
+               int64_t heads, int64_t head_dim, int64_t sequences, int64_t, int64_t, double scale,
+               int dtype, int64_t where) {
+    with_dtype(dtype, where, [&](auto type) {
+        using T = decltype(type);
+        const Shape shape{batch, n, m, heads, head_dim, sequences, cu_seqlens_q, cu_seqlens_k};
+        const Operand<T> none{};
+        run<T>({shape, operand<T>(q, q_strides), operand<T>(k, k_strides), operand<T>(v, v_strides),
+                none, none, none, static_cast<T*>(out), lse, nullptr, nullptr, float(scale), false},
+               where);
+    });
+}
+
+// attention_dual, or attention_tangent with `out` and `lse` given.
+template <bool given>
+void with_tangents(const void* q, const void* k, const void* v, const void* t_q, const void* t_k,
+                   const void* t_v, const int32_t* cu_seqlens_q, const int32_t* cu_seqlens_k,
+                   void* out, float* lse, void* t_out, float* t_lse, Strides q_strides,
+                   Strides k_strides, Strides v_strides, Strides t_q_strides, Strides t_k_strides,
+                   Strides t_v_strides, int64_t batch, int64_t n, int64_t m, int64_t heads,
+                   int64_t head_dim, int64_t sequences, int64_t, int64_t, double scale, int dtype,
+                   int64_t where) {
+    if (t_q == nullptr && t_k == nullptr && t_v == nullptr)
+        refuse("attention: at least one of t_q, t_k, t_v must be the address of an array");
+    with_dtype(dtype, where, [&](auto type) {
+        using T = decltype(type);
+        const Shape shape{batch, n, m, heads, head_dim, sequences, cu_seqlens_q, cu_seqlens_k};
+        run<T>({shape, operand<T>(q, q_strides), operand<T>(k, k_strides), operand<T>(v, v_strides),
+                operand<T>(t_q, t_q_strides), operand<T>(t_k, t_k_strides),
+                operand<T>(t_v, t_v_strides), static_cast<T*>(out), lse, static_cast<T*>(t_out),
+                t_lse, float(scale), given},
+               where);
+    });
+}
+
+void attention_tangent(const void* q, const void* k, const void* v, const void* out,
+                       const float* lse, const void* t_q, const void* t_k, const void* t_v,
+                       const int32_t* cu_seqlens_q, const int32_t* cu_seqlens_k, void* t_out,
+                       float* t_lse, Strides q_strides, Strides k_strides, Strides v_strides,
+                       Strides t_q_strides, Strides t_k_strides, Strides t_v_strides, int64_t batch,
+                       int64_t n, int64_t m, int64_t heads, int64_t head_dim, int64_t sequences,
+                       int64_t, int64_t, double scale, int dtype, int64_t where) {
+    with_tangents<true>(q, k, v, t_q, t_k, t_v, cu_seqlens_q, cu_seqlens_k, const_cast<void*>(out),
+                        const_cast<float*>(lse), t_out, t_lse, q_strides, k_strides, v_strides,
+                        t_q_strides, t_k_strides, t_v_strides, batch, n, m, heads, head_dim,
+                        sequences, 0, 0, scale, dtype, where);
+}
+
+}  // namespace
+
+void add_attention(Kernels& kernels) {
+    kernels.attention = attention;
+    kernels.attention_tangent = attention_tangent;
+    kernels.attention_dual = with_tangents<false>;
+}
+
+}  // namespace tim::cpu::TIM_ISA

@@ -1,0 +1,178 @@
+// What the attention kernels share: their operands, the split into tasks, packed tiles.
+//
+// Lanes of a vector are queries. The scores of a block of queries against a tile of keys are
+// computed transposed, [keys][queries], and so are outputs, [D][queries]; then sums over keys need
+// no exchange between lanes, and keys and values enter the products one broadcast number at a time,
+// in the layout in which they lie in memory, at any head dimension.
+#pragma once
+
+#include "../math/attention.h"
+#include "vector.h"
+
+namespace tim::cpu::TIM_ISA {
+namespace {
+
+// Queries of a block, keys of a tile, queries that share one packing of the keys.
+constexpr int64_t kBlockQueries = kRegisterVectors * kLanes;
+constexpr int64_t kTileKeys = 128;
+constexpr int64_t kGroupQueries = 4 * kBlockQueries < 192 ? 192 : 4 * kBlockQueries;
+// The head dimension is padded to whole tiles of registers.
+constexpr int64_t kDepthUnit = 8;
+static_assert(kTileKeys % kRegisterRows == 0 && kDepthUnit % kRegisterRows == 0, "whole tiles");
+
+template <class T>
+struct Operand {
+    const T* data;
+    Strides strides;
+
+    explicit operator bool() const { return data != nullptr; }
+};
+
+struct Shape {
+    int64_t batch, n, m, heads, head_dim, sequences;
+    const int32_t *cu_seqlens_q, *cu_seqlens_k;
+
+    int64_t count() const { return sequences > 0 ? sequences : batch; }
+};
+
+// Rows [row, row + rows) of the queries of one head of one sample or packed sequence, and its keys.
+struct Task {
+    int64_t sample, head, row, rows, key, keys;
+};
+
+template <class T>
+const T* first_query(Operand<T> x, const Task& task) {
+    return x.data + task.sample * x.strides.batch + task.row * x.strides.token +
+           task.head * x.strides.head;
+}
+
+template <class T>
+const T* first_key(Operand<T> x, const Task& task) {
+    return x.data + task.sample * x.strides.batch + task.key * x.strides.token +
+           task.head * x.strides.head;
+}
+
+// The queries of sequence `index` of the shape as one task.
+inline Task whole_sequence(const Shape& shape, int64_t index) {
+    if (shape.sequences == 0) return {index, 0, 0, shape.n, 0, shape.m};
+    const int32_t *q = shape.cu_seqlens_q + index, *k = shape.cu_seqlens_k + index;
+    return {0, 0, q[0], q[1] - q[0], k[0], k[1] - k[0]};
+}
+
+// Tasks of at most `group` queries that the shape makes.
+inline int64_t count_tasks(const Shape& shape, int64_t group) {
+    int64_t parts = 0;
+    for (int64_t i = 0; i < shape.count(); ++i)
+        parts += ceil_div(whole_sequence(shape, i).rows, group);
+    return parts * shape.heads;
+}
+
+// Calls body(task) for tasks [begin, end); those of one head are neighbours.
+template <class Body>
+void for_tasks(const Shape& shape, int64_t group, int64_t begin, int64_t end, const Body& body) {
+    int64_t index = 0;
+    for (int64_t sequence = 0; sequence < shape.count() && index < end; ++sequence) {
+        const Task whole = whole_sequence(shape, sequence);
+        const int64_t parts = ceil_div(whole.rows, group);
+        const int64_t next = index + parts * shape.heads;
+        // Parts of about equal size, in whole vectors.
+        const int64_t size = parts == 0 ? 0 : round_up(ceil_div(whole.rows, parts), kLanes);
+        for (int64_t i = begin > index ? begin : index; i < (end < next ? end : next); ++i) {
+            const int64_t start = (i - index) % parts * size;
+            Task task = whole;
+            task.head = (i - index) / parts;
+            task.row += start;
+            task.rows = whole.rows - start < size ? whole.rows - start : size;
+            if (task.rows > 0) body(task);
+        }
+        index = next;
+    }
+}
+
+// Queries of a task: many share the packing of keys, few keep all threads busy.
+inline int64_t group_size(const Shape& shape, int64_t threads) {
+    const int64_t queries = shape.batch * shape.n * shape.heads;
+    const int64_t fair = round_up(ceil_div(queries, 4 * threads), kLanes);
+    return fair < kBlockQueries ? kBlockQueries : fair < kGroupQueries ? fair : kGroupQueries;
+}
+
+// Columns of the words that hold D numbers, and of their padded form.
+template <class T>
+int64_t words(int64_t numbers) {
+    return Words<T>::kPairs ? numbers / 2 : numbers;
+}
+
+// words[row][:] = x[row][0 .. columns), zeros up to `words_stride`, and whole rows of zeros from
+// `count` to `rows`.
+template <class T>
+void pack_rows(const T* x, int64_t stride, int64_t count, int64_t rows, int64_t columns, float* to,
+               int64_t words_stride) {
+    for (int64_t row = 0; row < rows; ++row) {
+        float* words = to + row * words_stride;
+        const T* from = x + row * stride;
+        const int64_t filled = row < count ? columns : 0;
+        if constexpr (Words<T>::kPairs) {
+            __builtin_memset(words + filled / 2, 0, size_t(words_stride - filled / 2) * 4);
+            __builtin_memcpy(words, from, size_t(filled) * sizeof(T));
+        } else {
+#pragma omp simd
+            for (int64_t i = 0; i < filled; ++i) words[i] = load(from + i);
+            for (int64_t i = filled; i < words_stride; ++i) words[i] = 0.0f;
+        }
+    }
+}
+
+inline uint32_t pair(BFloat16 low, BFloat16 high) {
+    return uint32_t(low.bits) | uint32_t(high.bits) << 16;
+}
+
+// Left operand of a sum over rows: as pack_rows, or pairs (x[2 row][i], x[2 row + 1][i]), `count`
+// rounded up. Returns the number of its rows.
+template <class T>
+int64_t pack_sum(const T* x, int64_t stride, int64_t count, int64_t columns, float* to,
+                 int64_t words_stride) {
+    if constexpr (Words<T>::kPairs) {
+        for (int64_t row = 0; row < count; row += 2) {
+            float* words = to + row / 2 * words_stride;
+            const BFloat16 *low = x + row * stride, *high = low + stride;
+            if (row + 1 < count) {
+#pragma omp simd
+                for (int64_t i = 0; i < columns; ++i)
+                    words[i] = math::from_bits(pair(low[i], high[i]));
+            } else {
+                for (int64_t i = 0; i < columns; ++i)
+                    words[i] = math::from_bits(pair(low[i], BFloat16{0}));
+            }
+            for (int64_t i = columns; i < words_stride; ++i) words[i] = 0.0f;
+        }
+        return ceil_div(count, 2);
+    } else {
+        pack_rows(x, stride, count, count, columns, to, words_stride);
+        return count;
+    }
+}
+
+// [words][queries] of `count` rows x, `vectors` vectors of them; `staging` has a vector for each
+// word of each query.
+template <class T>
+void pack_transposed(const T* x, int64_t stride, int64_t count, int64_t vectors, int64_t columns,
+                     float* to, float* staging) {
+    const int64_t queries = vectors * kLanes;
+    const int64_t width = round_up(words<T>(round_up(columns, kDepthUnit)), kLanes);
+    pack_rows(x, stride, count, queries, columns, staging, width);
+    transpose(staging, width, queries, width, to, queries);
+}
+
+// Two numbers as a pair, each rounded to nearest.
+inline float rounded_pair(float low, float high) {
+    BFloat16 a, b;
+    store(&a, low);
+    store(&b, high);
+    return math::from_bits(pair(a, b));
+}
+
+inline float low_of(float words) { return math::from_bits(math::to_bits(words) << 16); }
+inline float high_of(float words) { return math::from_bits(math::to_bits(words) & 0xffff0000u); }
+
+}  // namespace
+}  // namespace tim::cpu::TIM_ISA

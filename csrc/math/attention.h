@@ -1,0 +1,53 @@
+// attention: with scores s_j = scale q k_j and their log-sum-exp L over the keys j,
+//   P_j = exp(s_j - L)    O = sum_j P_j v_j.
+// Tangent, with ds_j = scale (dq k_j + q dk_j) and G_j = P_j ds_j:
+//   dL = sum_j G_j    dO = sum_j (G_j v_j + P_j dv_j) - dL O.
+// Gradient, with Delta = dO O of the incoming dO:
+//   dS_j = P_j (dO v_j - Delta)    dv_j = sum P_j dO    dq = scale sum_j dS_j k_j    dk_j likewise.
+//
+// Kernels keep s_j and L in units of ln 2 (times log2 e), so that P is a power of two.
+#pragma once
+
+#include "common.h"
+
+namespace tim::math {
+
+constexpr float kLog2E = 1.44269504088896341f;
+constexpr float kLn2 = 0.693147180559945309f;
+
+// 2^x within 1 ulp, in plain arithmetic that a compiler can vectorise: the nearest integer n goes
+// into the exponent, and the polynomial of degree 6 with the smallest relative error (2e-9) gives
+// 2^(x - n). Zero below -125.5, infinite from 128 on, NaN for a NaN.
+TIM_HD float power_of_two(float x) {
+#ifdef __CUDA_ARCH__
+    return ::exp2f(x);
+#else
+    // Adding 1.5 * 2^23 leaves the nearest integer in the low bits of the sum; the 126 is the bias
+    // of the exponent of 2^(n-1), whose n, unlike that of 2^n, stays in range up to the overflow.
+    constexpr float kRound = 12582912.0f + 126.0f;
+    constexpr int32_t kOverflow = 0x4b4000ff;
+    x = x < -126.0f ? -126.0f : x;
+    // As an integer, because compilers turn two comparisons of floats into slow branches. A NaN
+    // fails the comparison and stays one.
+    int32_t bits = int32_t(to_bits(x + kRound));
+    bits = bits < kOverflow ? bits : kOverflow;
+    const float r = x - (from_bits(uint32_t(bits)) - kRound);
+    float p = 1.5345811e-4f * r + 1.3399931e-3f;
+    p = p * r + 9.618489e-3f;
+    p = p * r + 5.5503286e-2f;
+    p = p * r + 2.4022646e-1f;
+    p = p * r + 6.931472e-1f;
+    p = p * r + 1.0f;
+    return 2.0f * (p * from_bits(uint32_t(bits) << 23));
+#endif
+}
+
+TIM_HD float attention_weight(float score, float lse) { return power_of_two(score - lse); }
+
+TIM_HD float attention_tangent(float sum, float t_lse, float out) { return sum - t_lse * out; }
+
+TIM_HD float attention_score_gradient(float weight, float dweight, float delta) {
+    return weight * (dweight - delta);
+}
+
+}  // namespace tim::math
