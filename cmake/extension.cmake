@@ -18,7 +18,8 @@ find_package(OpenMP COMPONENTS CXX)
 # NaN and infinity stay visible and sums keep their order except where the code says `omp simd`:
 # no -ffast-math.
 set(kernel_flags -O3 -fopenmp-simd -fno-math-errno -fno-trapping-math -ffp-contract=fast)
-set(kernel_sources csrc/cpu/adaln.cpp csrc/cpu/attention.cpp csrc/cpu/interpolate.cpp csrc/cpu/qk_norm_rope.cpp
+set(kernel_sources csrc/cpu/adaln.cpp csrc/cpu/attention.cpp csrc/cpu/attention_backward.cpp
+    csrc/cpu/interpolate.cpp csrc/cpu/qk_norm_rope.cpp
     csrc/cpu/swiglu.cpp csrc/cpu/transition_loss.cpp)
 
 pybind11_add_module(_C MODULE NO_EXTRAS csrc/bindings.cpp csrc/cpu/dispatch.cpp csrc/cpu/runtime.cpp)
@@ -45,7 +46,7 @@ if(CMAKE_SYSTEM_PROCESSOR MATCHES "x86_64|AMD64")
   check_cxx_compiler_flag(-mavx512bf16 TIM_HAS_AVX512BF16)
   if(TIM_HAS_AVX512BF16)
     # Only products of bfloat16 matrices gain by these instructions; the rest is avx512's.
-    set(kernel_sources csrc/cpu/attention.cpp)
+    set(kernel_sources csrc/cpu/attention.cpp csrc/cpu/attention_backward.cpp)
     add_cpu_kernels(avx512bf16 -mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx512bf16 -mfma
                     -mprefer-vector-width=512)
     target_compile_definitions(_C PRIVATE TIM_AVX512BF16_KERNELS)

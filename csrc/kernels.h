@@ -84,7 +84,8 @@ struct Kernels {
                       Strides k_strides, Strides v_strides, int64_t batch, int64_t n, int64_t m,
                       int64_t heads, int64_t head_dim, int64_t sequences, int64_t max_n,
                       int64_t max_m, double scale, int dtype, int64_t where);
-    // delta is scratch memory: rowsum(dout * out). Bit for bit the same on every call.
+    // delta is scratch memory for rowsum(dout * out), which a CPU does not need. Bit for bit the
+    // same on every call.
     void (*attention_backward)(const void* dout, const void* q, const void* k, const void* v,
                                const void* out, const float* lse, const int32_t* cu_seqlens_q,
                                const int32_t* cu_seqlens_k, float* delta, void* dq, void* dk,

@@ -121,20 +121,21 @@ class Worker {
     static constexpr bool kPairs = Words<T>::kPairs;
     static constexpr int64_t kBlocks = kGroupQueries / kBlockQueries;
 
-    Worker(const Arguments<T>& arguments, float* memory) : a_(arguments), next_(memory) {
-        keys_ = take(kTileKeys * depth());
-        values_ = take(kTileKeys * depth());
-        t_keys_ = a_.t_k ? take(kTileKeys * depth()) : nullptr;
-        t_values_ = a_.t_v ? take(kTileKeys * depth()) : nullptr;
+    Worker(const Arguments<T>& arguments, float* memory)
+        : a_(arguments), depths_(arguments.shape.head_dim), next_(memory) {
+        keys_ = take(kTileKeys * depths_.depth);
+        values_ = take(kTileKeys * depths_.depth);
+        t_keys_ = a_.t_k ? take(kTileKeys * depths_.depth) : nullptr;
+        t_values_ = a_.t_v ? take(kTileKeys * depths_.depth) : nullptr;
         scores_ = take(kTileKeys * kBlockQueries);
         t_scores_ = take(kTileKeys * kBlockQueries);
-        staging_ = take(kBlockQueries * padded());
-        t_staging_ = take(kBlockQueries * padded());
+        staging_ = take(kBlockQueries * depths_.padded);
+        t_staging_ = take(kBlockQueries * depths_.padded);
         for (Block& block : blocks_) {
-            block.q = take(kBlockQueries * padded());
-            block.t_q = a_.t_q ? take(kBlockQueries * padded()) : nullptr;
-            block.out = a_.given ? nullptr : take(kBlockQueries * padded());
-            block.t_out = a_.t_out ? take(kBlockQueries * padded()) : nullptr;
+            block.q = take(kBlockQueries * depths_.padded);
+            block.t_q = a_.t_q ? take(kBlockQueries * depths_.padded) : nullptr;
+            block.out = a_.given ? nullptr : take(kBlockQueries * depths_.padded);
+            block.t_out = a_.t_out ? take(kBlockQueries * depths_.padded) : nullptr;
             block.max = take(kBlockQueries);
             block.sum = take(kBlockQueries);
             block.t_sum = take(kBlockQueries);
@@ -143,7 +144,7 @@ class Worker {
 
     // Floats that a worker takes at most.
     static int64_t memory(const Shape& shape) {
-        const int64_t padded = round_up(shape.head_dim, kLanes > kDepthUnit ? kLanes : kDepthUnit);
+        const int64_t padded = Depths(shape.head_dim).padded;
         return 4 * kTileKeys * padded + 2 * kTileKeys * kBlockQueries +
                (2 + 4 * kBlocks) * kBlockQueries * padded + 3 * kBlocks * kBlockQueries;
     }
@@ -165,12 +166,6 @@ class Worker {
     }
 
   private:
-    int64_t head_dim() const { return a_.shape.head_dim; }
-    int64_t depth() const { return round_up(head_dim(), kDepthUnit); }
-    int64_t padded() const {
-        return round_up(head_dim(), kLanes > kDepthUnit ? kLanes : kDepthUnit);
-    }
-
     float* take(int64_t count) {
         float* taken = next_;
         next_ += count;
@@ -182,7 +177,7 @@ class Worker {
         return (task_.sample * a_.shape.heads + task_.head) * a_.shape.n + row;
     }
     int64_t row_of_out(int64_t row) const {
-        return ((task_.sample * a_.shape.n + row) * a_.shape.heads + task_.head) * head_dim();
+        return ((task_.sample * a_.shape.n + row) * a_.shape.heads + task_.head) * depths_.head_dim;
     }
 
     void start() {
@@ -210,8 +205,7 @@ class Worker {
 
     void pack_queries(const Block& block, Operand<T> x, float* to) {
         const T* rows = first_query(x, task_) + block.first * x.strides.token;
-        pack_transposed(rows, x.strides.token, block.count, block.vectors, head_dim(), to,
-                        staging_);
+        pack_transposed(rows, x.strides.token, block.count, block.vectors, depths_, to, staging_);
     }
 
     void pack_tile(int64_t key) {
@@ -225,12 +219,12 @@ class Worker {
 
     void pack_keys(Operand<T> x, int64_t key, float* to) {
         pack_rows(first_key(x, task_) + key * x.strides.token, x.strides.token, tile_,
-                  round_up(tile_, kRegisterRows), head_dim(), to, words<T>(depth()));
+                  round_up(tile_, kRegisterRows), depths_.head_dim, to, words<T>(depths_.depth));
     }
 
     void pack_values(Operand<T> x, int64_t key, float* to) {
         sum_length_ = pack_sum(first_key(x, task_) + key * x.strides.token, x.strides.token, tile_,
-                               head_dim(), to, depth());
+                               depths_.head_dim, to, depths_.depth);
     }
 
     template <int vectors>
@@ -243,7 +237,7 @@ class Worker {
         } else if (a_.t_k) {
             scores<vectors, Into::kSet>(t_keys_, block.q, a_.scale, t_scores_);
         }
-        if (!a_.given) rescale<vectors>(scores_, tile_, depth(), first, block);
+        if (!a_.given) rescale<vectors>(scores_, tile_, depths_.depth, first, block);
         if (moving) {
             weigh<kPairs, vectors, true>(scores_, t_scores_, tile_, block);
         } else {
@@ -256,51 +250,52 @@ class Worker {
 
     template <int vectors, Into into>
     void scores(const float* keys, const float* queries, float scale, float* to) {
-        const int64_t length = words<T>(depth());
-        multiply<kPairs, vectors, into>({keys, length, 1}, round_up(tile_, kRegisterRows), queries,
-                                        length, scale, to, vectors * kLanes);
+        const int64_t length = words<T>(depths_.depth);
+        multiply<kPairs, vectors, into>({keys, length, 1}, round_up(tile_, kRegisterRows),
+                                        {queries, vectors * kLanes}, length, scale, to,
+                                        vectors * kLanes);
     }
 
     template <int vectors>
     void sums(const float* values, const float* weights, float* to, bool add) {
-        const Left left{values, 1, depth()};
+        const Left left{values, 1, depths_.depth};
         if (add) {
-            multiply<kPairs, vectors, Into::kAdd>(left, depth(), weights, sum_length_, 1.0f, to,
-                                                  vectors * kLanes);
+            multiply<kPairs, vectors, Into::kAdd>(left, depths_.depth, {weights, vectors * kLanes},
+                                                  sum_length_, 1.0f, to, vectors * kLanes);
         } else {
-            multiply<kPairs, vectors, Into::kSet>(left, depth(), weights, sum_length_, 1.0f, to,
-                                                  vectors * kLanes);
+            multiply<kPairs, vectors, Into::kSet>(left, depths_.depth, {weights, vectors * kLanes},
+                                                  sum_length_, 1.0f, to, vectors * kLanes);
         }
     }
 
     void finish(const Block& block) {
         const int64_t queries = block.queries();
         if (block.out != nullptr)
-            transpose(block.out, queries, padded(), queries, staging_, padded());
+            transpose(block.out, queries, depths_.padded, queries, staging_, depths_.padded);
         if (block.t_out != nullptr)
-            transpose(block.t_out, queries, padded(), queries, t_staging_, padded());
+            transpose(block.t_out, queries, depths_.padded, queries, t_staging_, depths_.padded);
         for (int64_t lane = 0; lane < block.count; ++lane) {
             const int64_t row = task_.row + block.first + lane;
             const float factor = a_.given ? 1.0f : 1.0f / block.sum[lane];
             const float t_lse = block.t_sum[lane] * factor;
             T* out = a_.out + row_of_out(row);
-            float* sums = staging_ + lane * padded();
+            float* sums = staging_ + lane * depths_.padded;
             if (a_.given) {
 #pragma omp simd
-                for (int64_t d = 0; d < head_dim(); ++d) sums[d] = load(out + d);
+                for (int64_t d = 0; d < depths_.head_dim; ++d) sums[d] = load(out + d);
             } else {
                 a_.lse[row_of_lse(row)] = block.max[lane] * math::kLn2 + logf(block.sum[lane]);
 #pragma omp simd
-                for (int64_t d = 0; d < head_dim(); ++d) {
+                for (int64_t d = 0; d < depths_.head_dim; ++d) {
                     sums[d] *= factor;
                     store(out + d, sums[d]);
                 }
             }
             if (block.t_out == nullptr) continue;
-            const float* t_sums = t_staging_ + lane * padded();
+            const float* t_sums = t_staging_ + lane * depths_.padded;
             T* t_out = a_.t_out + row_of_out(row);
 #pragma omp simd
-            for (int64_t d = 0; d < head_dim(); ++d)
+            for (int64_t d = 0; d < depths_.head_dim; ++d)
                 store(t_out + d, math::attention_tangent(factor * t_sums[d], t_lse, sums[d]));
             if (a_.t_lse != nullptr) a_.t_lse[row_of_lse(row)] = t_lse;
         }
@@ -308,7 +303,7 @@ class Worker {
 
     void without_keys() {
         for (int64_t row = task_.row; row < task_.row + task_.rows; ++row) {
-            for (int64_t d = 0; d < head_dim(); ++d) {
+            for (int64_t d = 0; d < depths_.head_dim; ++d) {
                 if (!a_.given) store(a_.out + row_of_out(row) + d, 0.0f);
                 if (a_.t_out != nullptr) store(a_.t_out + row_of_out(row) + d, 0.0f);
             }
@@ -318,6 +313,7 @@ class Worker {
     }
 
     const Arguments<T>& a_;
+    const Depths depths_;
     float* next_;
     float *keys_, *values_, *t_keys_, *t_values_, *scores_, *t_scores_, *staging_, *t_staging_;
     Block blocks_[kBlocks];
@@ -337,11 +333,6 @@ void run(const Arguments<T>& arguments, int64_t threads) {
         Worker<T> worker(arguments, scratch.data + thread * memory);
         for_tasks(shape, group, begin, end, [&](const Task& task) { worker.run(task); });
     });
-}
-
-template <class T>
-Operand<T> operand(const void* data, Strides strides) {
-    return {static_cast<const T*>(data), strides};
 }
 
 void attention(const void* q, const void* k, const void* v, const int32_t* cu_seqlens_q,

@@ -96,7 +96,22 @@ inline int64_t group_size(const Shape& shape, int64_t threads) {
     return fair < kBlockQueries ? kBlockQueries : fair < kGroupQueries ? fair : kGroupQueries;
 }
 
-// Columns of the words that hold D numbers, and of their padded form.
+// The head dimension as it is, and padded to whole register tiles and to whole vectors.
+struct Depths {
+    explicit Depths(int64_t head_dim)
+        : head_dim(head_dim),
+          depth(round_up(head_dim, kDepthUnit)),
+          padded(round_up(depth, kLanes)) {}
+
+    int64_t head_dim, depth, padded;
+};
+
+template <class T>
+Operand<T> operand(const void* data, Strides strides) {
+    return {static_cast<const T*>(data), strides};
+}
+
+// Words that hold as many numbers, an even count of them.
 template <class T>
 int64_t words(int64_t numbers) {
     return Words<T>::kPairs ? numbers / 2 : numbers;
@@ -152,14 +167,13 @@ int64_t pack_sum(const T* x, int64_t stride, int64_t count, int64_t columns, flo
     }
 }
 
-// [words][queries] of `count` rows x, `vectors` vectors of them; `staging` has a vector for each
-// word of each query.
+// [words][queries] of `count` rows x, `vectors` vectors of them, through `staging` of that size.
 template <class T>
-void pack_transposed(const T* x, int64_t stride, int64_t count, int64_t vectors, int64_t columns,
-                     float* to, float* staging) {
+void pack_transposed(const T* x, int64_t stride, int64_t count, int64_t vectors,
+                     const Depths& depths, float* to, float* staging) {
     const int64_t queries = vectors * kLanes;
-    const int64_t width = round_up(words<T>(round_up(columns, kDepthUnit)), kLanes);
-    pack_rows(x, stride, count, queries, columns, staging, width);
+    const int64_t width = round_up(words<T>(depths.depth), kLanes);
+    pack_rows(x, stride, count, queries, depths.head_dim, staging, width);
     transpose(staging, width, queries, width, to, queries);
 }
 

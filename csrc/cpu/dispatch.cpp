@@ -7,24 +7,26 @@
 
 #include "../kernels.h"
 
-#define TIM_DECLARE_KERNELS(ISA)        \
-    namespace tim::cpu::ISA {           \
-    void add_interpolate(Kernels&);     \
-    void add_swiglu(Kernels&);          \
-    void add_adaln(Kernels&);           \
-    void add_qk_norm_rope(Kernels&);    \
-    void add_attention(Kernels&);       \
-    void add_transition_loss(Kernels&); \
-    static Kernels kernels() {          \
-        Kernels table{};                \
-        add_interpolate(table);         \
-        add_swiglu(table);              \
-        add_adaln(table);               \
-        add_qk_norm_rope(table);        \
-        add_attention(table);           \
-        add_transition_loss(table);     \
-        return table;                   \
-    }                                   \
+#define TIM_DECLARE_KERNELS(ISA)           \
+    namespace tim::cpu::ISA {              \
+    void add_interpolate(Kernels&);        \
+    void add_swiglu(Kernels&);             \
+    void add_adaln(Kernels&);              \
+    void add_qk_norm_rope(Kernels&);       \
+    void add_attention(Kernels&);          \
+    void add_attention_backward(Kernels&); \
+    void add_transition_loss(Kernels&);    \
+    static Kernels kernels() {             \
+        Kernels table{};                   \
+        add_interpolate(table);            \
+        add_swiglu(table);                 \
+        add_adaln(table);                  \
+        add_qk_norm_rope(table);           \
+        add_attention(table);              \
+        add_attention_backward(table);     \
+        add_transition_loss(table);        \
+        return table;                      \
+    }                                      \
     }
 
 TIM_DECLARE_KERNELS(baseline)
@@ -36,9 +38,11 @@ TIM_DECLARE_KERNELS(avx512)
 #ifdef TIM_AVX512BF16_KERNELS
 namespace tim::cpu::avx512bf16 {
 void add_attention(Kernels&);
+void add_attention_backward(Kernels&);
 static Kernels kernels() {
     Kernels table = avx512::kernels();
     add_attention(table);
+    add_attention_backward(table);
     return table;
 }
 }  // namespace tim::cpu::avx512bf16

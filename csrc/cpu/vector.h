@@ -69,10 +69,16 @@ struct Left {
     int64_t row_stride, k_stride;
 };
 
-// out[row][:] = or += alpha sum_k left(row, k) right[k][:], with `vectors` vectors to a row of
-// `right`, which lie side by side. kRegisterRows rows; the sums stay in registers.
+// Rows of vectors.
+struct Right {
+    const float* data;
+    int64_t stride;
+};
+
+// out[row][:] = or += alpha sum_k left(row, k) right[k][:] for kRegisterRows rows and `vectors`
+// vectors of each; the sums over `count` numbers stay in registers.
 template <bool pairs, int vectors, Into into>
-void multiply_rows(Left left, const float* right, int64_t count, float alpha, float* out,
+void multiply_rows(Left left, Right right, int64_t count, float alpha, float* out,
                    int64_t out_stride) {
     Vector sums[kRegisterRows][vectors];
 #pragma GCC unroll 8
@@ -83,7 +89,7 @@ void multiply_rows(Left left, const float* right, int64_t count, float alpha, fl
         Vector rights[vectors];
 #pragma GCC unroll 4
         for (int v = 0; v < vectors; ++v)
-            rights[v] = load_vector(right + (k * vectors + v) * kLanes);
+            rights[v] = load_vector(right.data + k * right.stride + v * kLanes);
 #pragma GCC unroll 8
         for (int row = 0; row < kRegisterRows; ++row) {
             // As an integer: a pair of bfloat16 must not be touched by float arithmetic.
@@ -107,7 +113,7 @@ void multiply_rows(Left left, const float* right, int64_t count, float alpha, fl
 
 // The same for `rows` rows, a multiple of kRegisterRows.
 template <bool pairs, int vectors, Into into>
-void multiply(Left left, int64_t rows, const float* right, int64_t count, float alpha, float* out,
+void multiply(Left left, int64_t rows, Right right, int64_t count, float alpha, float* out,
               int64_t out_stride) {
     for (int64_t row = 0; row < rows; row += kRegisterRows) {
         const Left some = {left.data + row * left.row_stride, left.row_stride, left.k_stride};
