@@ -38,24 +38,28 @@ void weigh(float* scores, float* t_scores, int64_t keys, const Block& block) {
     float sum[kQueries] = {}, t_sum[kQueries] = {};
     const float* lse = block.max;
     if constexpr (pairs) {
+        float low[kQueries], high[kQueries], t_low[kQueries], t_high[kQueries];
         for (int64_t key = 0; key < keys; key += 2) {
-            float *first = scores + key * kQueries, *second = first + kQueries;
-            float *t_first = t_scores + key * kQueries, *t_second = t_first + kQueries;
+            const float *first = scores + key * kQueries, *second = first + kQueries;
+            const float *t_first = t_scores + key * kQueries, *t_second = t_first + kQueries;
             float *to = scores + key / 2 * kQueries, *t_to = t_scores + key / 2 * kQueries;
             const bool last = key + 1 == keys;
 #pragma omp simd
             for (int i = 0; i < kQueries; ++i) {
-                const float low = math::attention_weight(first[i], lse[i]);
-                const float high = last ? 0.0f : math::attention_weight(second[i], lse[i]);
-                sum[i] += low + high;
-                to[i] = rounded_pair(low, high);
+                low[i] = math::attention_weight(first[i], lse[i]);
+                high[i] = last ? 0.0f : math::attention_weight(second[i], lse[i]);
+                sum[i] += low[i] + high[i];
                 if constexpr (moving) {
-                    const float product = rounded_pair(low * t_first[i], high * t_second[i]);
-                    // Of the rounded numbers: the tangent is a difference of sums over them.
-                    t_sum[i] += low_of(product) + high_of(product);
-                    t_to[i] = product;
+                    t_low[i] = low[i] * t_first[i];
+                    t_high[i] = high[i] * t_second[i];
                 }
             }
+            store_pairs<kQueries>(to, low, high);
+            if constexpr (!moving) continue;
+            store_pairs<kQueries>(t_to, t_low, t_high);
+            // Of the rounded numbers: the tangent is a difference of sums over them.
+#pragma omp simd
+            for (int i = 0; i < kQueries; ++i) t_sum[i] += low_of(t_to[i]) + high_of(t_to[i]);
         }
     } else {
         for (int64_t key = 0; key < keys; ++key) {

@@ -15,6 +15,7 @@ namespace {
 // Queries of a block, keys of a tile, queries that share one packing of the keys.
 constexpr int64_t kBlockQueries = kRegisterVectors * kLanes;
 constexpr int64_t kTileKeys = 128;
+constexpr int64_t kAhead = 12;
 constexpr int64_t kGroupQueries = 4 * kBlockQueries < 192 ? 192 : 4 * kBlockQueries;
 // The head dimension is padded to whole tiles of registers.
 constexpr int64_t kDepthUnit = 8;
@@ -117,6 +118,22 @@ int64_t words(int64_t numbers) {
     return Words<T>::kPairs ? numbers / 2 : numbers;
 }
 
+inline uint32_t pair(BFloat16 low, BFloat16 high) {
+    return uint32_t(low.bits) | uint32_t(high.bits) << 16;
+}
+
+// words = pairs of neighbours of x [count], a zero beside an odd last one.
+inline void copy_pairs(float* words, const BFloat16* x, int64_t count) {
+    int64_t i = 0;
+    for (; i + 2 * kLanes <= count; i += 2 * kLanes) {
+        Vector whole;
+        __builtin_memcpy(&whole, x + i, sizeof(whole));
+        store_vector(words + i / 2, whole);
+    }
+    for (; i < count; i += 2)
+        words[i / 2] = math::from_bits(pair(x[i], i + 1 < count ? x[i + 1] : BFloat16{0}));
+}
+
 // words[row][:] = x[row][0 .. columns), zeros up to `words_stride`, and whole rows of zeros from
 // `count` to `rows`.
 template <class T>
@@ -126,19 +143,18 @@ void pack_rows(const T* x, int64_t stride, int64_t count, int64_t rows, int64_t 
         float* words = to + row * words_stride;
         const T* from = x + row * stride;
         const int64_t filled = row < count ? columns : 0;
+        if (row + kAhead < count)
+            for (int64_t i = 0; i < columns; i += 64 / int64_t(sizeof(T)))
+                __builtin_prefetch(from + kAhead * stride + i);
         if constexpr (Words<T>::kPairs) {
-            __builtin_memset(words + filled / 2, 0, size_t(words_stride - filled / 2) * 4);
-            __builtin_memcpy(words, from, size_t(filled) * sizeof(T));
+            copy_pairs(words, from, filled);
+            for (int64_t i = ceil_div(filled, 2); i < words_stride; ++i) words[i] = 0.0f;
         } else {
 #pragma omp simd
             for (int64_t i = 0; i < filled; ++i) words[i] = load(from + i);
             for (int64_t i = filled; i < words_stride; ++i) words[i] = 0.0f;
         }
     }
-}
-
-inline uint32_t pair(BFloat16 low, BFloat16 high) {
-    return uint32_t(low.bits) | uint32_t(high.bits) << 16;
 }
 
 // Left operand of a sum over rows: as pack_rows, or pairs (x[2 row][i], x[2 row + 1][i]), `count`
@@ -177,16 +193,45 @@ void pack_transposed(const T* x, int64_t stride, int64_t count, int64_t vectors,
     transpose(staging, width, queries, width, to, queries);
 }
 
-// Two numbers as a pair, each rounded to nearest.
-inline float rounded_pair(float low, float high) {
-    BFloat16 a, b;
-    store(&a, low);
-    store(&b, high);
-    return math::from_bits(pair(a, b));
+// to[i] = (low[i], high[i]) for `count` lanes, each number rounded to nearest.
+template <int count>
+void store_pairs(float* to, const float* low, const float* high) {
+#ifdef __AVX512BF16__
+    // Lane i of `low` and lane i of `high`, which the conversion leaves 16 numbers apart.
+    const __m512i order =
+        _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6,
+                         21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+    for (int i = 0; i < count; i += kLanes) {
+        const __m512bh both =
+            _mm512_cvtne2ps_pbh(__m512(load_vector(high + i)), __m512(load_vector(low + i)));
+        store_vector(to + i, Vector(_mm512_permutexvar_epi16(order, __m512i(both))));
+    }
+#else
+    for (int i = 0; i < count; ++i) {
+        BFloat16 a, b;
+        store(&a, low[i]);
+        store(&b, high[i]);
+        to[i] = math::from_bits(pair(a, b));
+    }
+#endif
 }
 
-inline float low_of(float words) { return math::from_bits(math::to_bits(words) << 16); }
-inline float high_of(float words) { return math::from_bits(math::to_bits(words) & 0xffff0000u); }
+// to[i] = x[i] rounded to nearest.
+template <int count>
+void store_row(BFloat16* to, const float* x) {
+#ifdef __AVX512BF16__
+    for (int i = 0; i < count; i += kLanes) {
+        const __m256bh row = _mm512_cvtneps_pbh(__m512(load_vector(x + i)));
+        __builtin_memcpy(to + i, &row, sizeof(row));
+    }
+#else
+    for (int i = 0; i < count; ++i) store(to + i, x[i]);
+#endif
+}
+
+// The numbers of a word that holds a pair.
+inline float low_of(float word) { return math::from_bits(math::to_bits(word) << 16); }
+inline float high_of(float word) { return math::from_bits(math::to_bits(word) & 0xffff0000u); }
 
 }  // namespace
 }  // namespace tim::cpu::TIM_ISA

@@ -81,6 +81,7 @@ class Worker {
         for (int64_t key = 0; key < task.keys; ++key) {
             const int64_t row = (task.sample * g_.shape.m + task.key + key) * g_.shape.heads;
             const int64_t to = (row + task.head) * depths_.head_dim;
+#pragma omp simd
             for (int64_t d = 0; d < depths_.head_dim; ++d) {
                 store(g_.dk + to + d, g_.scale * dkeys_[key * depths_.padded + d]);
                 store(g_.dv + to + d, dvalues_[key * depths_.padded + d]);
@@ -176,14 +177,13 @@ class Worker {
     // to[key][:] += sum over the block's queries of weights(key, query) rows[query][:].
     void add_rows(const float* weights, const Block& block, const float* rows, float* to) {
         const Left left{weights, words<T>(block.queries()), 1};
-        for (int64_t column = 0; column < depths_.padded;) {
-            const int64_t vectors = (depths_.padded - column) / kLanes;
-            with_vectors(vectors < kRegisterVectors ? vectors : kRegisterVectors, [&](auto some) {
-                constexpr int kSome = decltype(some)::value;
-                multiply<kPairs, kSome, Into::kAdd>(
+        const int64_t all = depths_.padded / kLanes, parts = ceil_div(all, kRegisterVectors);
+        for (int64_t part = 0; part < parts; ++part) {
+            const int64_t first = part * all / parts, column = first * kLanes;
+            with_vectors((part + 1) * all / parts - first, [&](auto vectors) {
+                multiply<kPairs, decltype(vectors)::value, Into::kAdd>(
                     left, tile_rows_, {rows + column, depths_.padded}, numbers(block.count), 1.0f,
                     to + column, depths_.padded);
-                column += kSome * kLanes;
             });
         }
     }
@@ -209,13 +209,10 @@ class Worker {
                         dscore[lane] = math::attention_score_gradient(weight[lane], dweight[lane],
                                                                       delta[lane]);
                     }
-                    convert(row_of_pairs(weight_rows_, key + i, kQueries), weight, kQueries);
-                    convert(row_of_pairs(dscore_rows_, key + i, kQueries), dscore, kQueries);
+                    store_row<kQueries>(row_of_pairs(weight_rows_, key + i, kQueries), weight);
+                    store_row<kQueries>(row_of_pairs(dscore_rows_, key + i, kQueries), dscore);
                 }
-                float* pairs = dscores_ + key / 2 * kQueries;
-#pragma omp simd
-                for (int lane = 0; lane < kQueries; ++lane)
-                    pairs[lane] = rounded_pair(dscores[lane], dscores[kQueries + lane]);
+                store_pairs<kQueries>(dscores_ + key / 2 * kQueries, dscores, dscores + kQueries);
             }
         } else {
             for (int64_t key = 0; key < tile_; ++key) {
@@ -240,6 +237,7 @@ class Worker {
         for (int64_t lane = 0; lane < block.count; ++lane) {
             const float* dq = staging_ + lane * depths_.padded;
             T* to = g_.dq + place(block.first + lane);
+#pragma omp simd
             for (int64_t d = 0; d < depths_.head_dim; ++d) store(to + d, g_.scale * dq[d]);
         }
     }
