@@ -15,7 +15,7 @@ import pytest
 from tim import _extension
 
 TESTS = Path(__file__).parent
-OPS = ("adaln", "interpolate", "qk_norm_rope", "swiglu", "transition_loss")
+OPS = ("adaln", "attention", "interpolate", "qk_norm_rope", "swiglu", "transition_loss")
 
 if _extension.C is None:
     pytest.skip(_extension.REASON, allow_module_level=True)

@@ -24,8 +24,9 @@ struct Block {
     int64_t first, count, vectors;
     float *q, *t_q;      // [words of D][queries]
     float *out, *t_out;  // [D][queries], sums that still lack the factor 1 / sum
-    float *max, *sum;    // of scores in units of ln 2, of weights; given: lse and 1
-    float* t_sum;        // sum of the tangents of the scores, weighted
+    float *lse,
+        *sum;      // largest score so far and sum of weights relative to it; given: lse and about 1
+    float* t_sum;  // sum of the tangents of the scores, weighted
 
     int64_t queries() const { return vectors * kLanes; }
 };
@@ -33,10 +34,10 @@ struct Block {
 // Scores become weights, and tangents of scores the products with them, in place. Adds to the sums.
 // Of pairs, two rows become one.
 template <bool pairs, int vectors, bool moving>
-void weigh(float* scores, float* t_scores, int64_t keys, const Block& block) {
+void weigh(float* scores, float* t_scores, int64_t keys, float scale, const Block& block) {
     constexpr int kQueries = vectors * kLanes;
     float sum[kQueries] = {}, t_sum[kQueries] = {};
-    const float* lse = block.max;
+    const float* lse = block.lse;
     if constexpr (pairs) {
         float low[kQueries], high[kQueries], t_low[kQueries], t_high[kQueries];
         for (int64_t key = 0; key < keys; key += 2) {
@@ -46,8 +47,8 @@ void weigh(float* scores, float* t_scores, int64_t keys, const Block& block) {
             const bool last = key + 1 == keys;
 #pragma omp simd
             for (int i = 0; i < kQueries; ++i) {
-                low[i] = math::attention_weight(first[i], lse[i]);
-                high[i] = last ? 0.0f : math::attention_weight(second[i], lse[i]);
+                low[i] = math::attention_weight(first[i], scale, lse[i]);
+                high[i] = last ? 0.0f : math::attention_weight(second[i], scale, lse[i]);
                 sum[i] += low[i] + high[i];
                 if constexpr (moving) {
                     t_low[i] = low[i] * t_first[i];
@@ -66,7 +67,7 @@ void weigh(float* scores, float* t_scores, int64_t keys, const Block& block) {
             float *row = scores + key * kQueries, *t_row = t_scores + key * kQueries;
 #pragma omp simd
             for (int i = 0; i < kQueries; ++i) {
-                const float weight = math::attention_weight(row[i], lse[i]);
+                const float weight = math::attention_weight(row[i], scale, lse[i]);
                 sum[i] += weight;
                 row[i] = weight;
                 if constexpr (moving) {
@@ -84,25 +85,30 @@ void weigh(float* scores, float* t_scores, int64_t keys, const Block& block) {
     }
 }
 
-// Lifts block.max to the maximum that includes this tile, and scales what was summed before.
+// Lifts block.lse to the maximum that includes this tile, and scales what was summed before.
 template <int vectors>
-void rescale(const float* scores, int64_t keys, int64_t depth, bool first, const Block& block) {
+void rescale(const float* scores, int64_t keys, float scale, int64_t depth, bool first,
+             const Block& block) {
     constexpr int kQueries = vectors * kLanes;
     float top[kQueries], factor[kQueries];
 #pragma omp simd
-    for (int i = 0; i < kQueries; ++i) top[i] = block.max[i];
+    for (int i = 0; i < kQueries; ++i) top[i] = -INFINITY;
     for (int64_t key = 0; key < keys; ++key) {
         const float* row = scores + key * kQueries;
 #pragma omp simd
         for (int i = 0; i < kQueries; ++i) top[i] = row[i] > top[i] ? row[i] : top[i];
     }
     bool changed = false;
-    for (int i = 0; i < kQueries; ++i) changed = changed || top[i] != block.max[i];
+    for (int i = 0; i < kQueries; ++i) {
+        top[i] *= scale;
+        top[i] = top[i] > block.lse[i] ? top[i] : block.lse[i];
+        changed = changed || top[i] != block.lse[i];
+    }
     if (!changed) return;
 #pragma omp simd
     for (int i = 0; i < kQueries; ++i) {
-        factor[i] = math::attention_weight(block.max[i], top[i]);
-        block.max[i] = top[i];
+        factor[i] = math::attention_weight(block.lse[i], 1.0f, top[i]);
+        block.lse[i] = top[i];
         block.sum[i] *= factor[i];
         block.t_sum[i] *= factor[i];
     }
@@ -140,7 +146,7 @@ class Worker {
             block.t_q = a_.t_q ? take(kBlockQueries * depths_.padded) : nullptr;
             block.out = a_.given ? nullptr : take(kBlockQueries * depths_.padded);
             block.t_out = a_.t_out ? take(kBlockQueries * depths_.padded) : nullptr;
-            block.max = take(kBlockQueries);
+            block.lse = take(kBlockQueries);
             block.sum = take(kBlockQueries);
             block.t_sum = take(kBlockQueries);
         }
@@ -197,12 +203,11 @@ class Worker {
             if (a_.t_q) pack_queries(block, a_.t_q, block.t_q);
             for (int64_t lane = 0; lane < block.queries(); ++lane) {
                 block.sum[lane] = block.t_sum[lane] = 0.0f;
-                block.max[lane] = -INFINITY;
+                block.lse[lane] = -INFINITY;
                 if (a_.given)
-                    block.max[lane] =
-                        lane < block.count
-                            ? a_.lse[row_of_lse(task_.row + block.first + lane)] * math::kLog2E
-                            : 0.0f;
+                    block.lse[lane] = lane < block.count
+                                          ? a_.lse[row_of_lse(task_.row + block.first + lane)]
+                                          : 0.0f;
             }
         }
     }
@@ -234,18 +239,20 @@ class Worker {
     template <int vectors>
     void add_tile(const Block& block, bool first) {
         const bool moving = a_.scores_move();
-        scores<vectors, Into::kSet>(keys_, block.q, a_.scale * math::kLog2E, scores_);
+        // The sign goes into the products, so that the largest of them has the largest score.
+        const float scale = fabsf(a_.scale);
+        scores<vectors, Into::kSet>(keys_, block.q, a_.scale < 0.0f ? -1.0f : 1.0f, scores_);
         if (a_.t_q) scores<vectors, Into::kSet>(keys_, block.t_q, a_.scale, t_scores_);
         if (a_.t_k && a_.t_q) {
             scores<vectors, Into::kAdd>(t_keys_, block.q, a_.scale, t_scores_);
         } else if (a_.t_k) {
             scores<vectors, Into::kSet>(t_keys_, block.q, a_.scale, t_scores_);
         }
-        if (!a_.given) rescale<vectors>(scores_, tile_, depths_.depth, first, block);
+        if (!a_.given) rescale<vectors>(scores_, tile_, scale, depths_.depth, first, block);
         if (moving) {
-            weigh<kPairs, vectors, true>(scores_, t_scores_, tile_, block);
+            weigh<kPairs, vectors, true>(scores_, t_scores_, tile_, scale, block);
         } else {
-            weigh<kPairs, vectors, false>(scores_, t_scores_, tile_, block);
+            weigh<kPairs, vectors, false>(scores_, t_scores_, tile_, scale, block);
         }
         if (!a_.given) sums<vectors>(values_, scores_, block.out, !first);
         if (moving) sums<vectors>(values_, t_scores_, block.t_out, !first);
@@ -280,7 +287,9 @@ class Worker {
             transpose(block.t_out, queries, depths_.padded, queries, t_staging_, depths_.padded);
         for (int64_t lane = 0; lane < block.count; ++lane) {
             const int64_t row = task_.row + block.first + lane;
-            const float factor = a_.given ? 1.0f : 1.0f / block.sum[lane];
+            // Also where lse is given, which in float32 leaves the sum of the weights a little off
+            // one: by more than anything else if it is large.
+            const float factor = 1.0f / block.sum[lane];
             const float t_lse = block.t_sum[lane] * factor;
             T* out = a_.out + row_of_out(row);
             float* sums = staging_ + lane * depths_.padded;
@@ -288,7 +297,7 @@ class Worker {
 #pragma omp simd
                 for (int64_t d = 0; d < depths_.head_dim; ++d) sums[d] = load(out + d);
             } else {
-                a_.lse[row_of_lse(row)] = block.max[lane] * math::kLn2 + logf(block.sum[lane]);
+                a_.lse[row_of_lse(row)] = block.lse[lane] + logf(block.sum[lane]);
 #pragma omp simd
                 for (int64_t d = 0; d < depths_.head_dim; ++d) {
                     sums[d] *= factor;

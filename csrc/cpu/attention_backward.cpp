@@ -128,7 +128,7 @@ class Worker {
                 const int64_t at = place(block.first + lane);
                 const int64_t head = task_.sample * g_.shape.heads + task_.head;
                 const int64_t token = task_.row + block.first + lane;
-                block.lse[lane] = g_.lse[head * g_.shape.n + token] * math::kLog2E;
+                block.lse[lane] = g_.lse[head * g_.shape.n + token];
                 float delta = 0.0f;
 #pragma omp simd reduction(+ : delta)
                 for (int64_t d = 0; d < depths_.head_dim; ++d)
@@ -160,7 +160,7 @@ class Worker {
         constexpr int64_t kQueries = vectors * kLanes;
         const int64_t length = words<T>(depths_.depth);
         multiply<kPairs, vectors, Into::kSet>({keys_, length, 1}, tile_rows_, {block.q, kQueries},
-                                              length, g_.scale * math::kLog2E, weights_, kQueries);
+                                              length, 1.0f, weights_, kQueries);
         multiply<kPairs, vectors, Into::kSet>({values_, length, 1}, tile_rows_,
                                               {block.dout, kQueries}, length, 1.0f, dscores_,
                                               kQueries);
@@ -194,6 +194,7 @@ class Worker {
     void weigh(const Block& block) {
         constexpr int kQueries = vectors * kLanes;
         const float *lse = block.lse, *delta = block.delta;
+        const float scale = g_.scale;
         if constexpr (kPairs) {
             float weights[2 * kQueries], dscores[2 * kQueries];
             for (int64_t key = 0; key < tile_; key += 2) {
@@ -204,7 +205,7 @@ class Worker {
                     float *weight = weights + i * kQueries, *dscore = dscores + i * kQueries;
 #pragma omp simd
                     for (int lane = 0; lane < kQueries; ++lane) {
-                        const float w = math::attention_weight(score[lane], lse[lane]);
+                        const float w = math::attention_weight(score[lane], scale, lse[lane]);
                         weight[lane] = valid == 0.0f ? 0.0f : w;
                         dscore[lane] = math::attention_score_gradient(weight[lane], dweight[lane],
                                                                       delta[lane]);
@@ -219,7 +220,7 @@ class Worker {
                 float *score = weights_ + key * kQueries, *dweight = dscores_ + key * kQueries;
 #pragma omp simd
                 for (int lane = 0; lane < kQueries; ++lane) {
-                    score[lane] = math::attention_weight(score[lane], lse[lane]);
+                    score[lane] = math::attention_weight(score[lane], scale, lse[lane]);
                     dweight[lane] =
                         math::attention_score_gradient(score[lane], dweight[lane], delta[lane]);
                 }

@@ -4,8 +4,6 @@
 //   dL = sum_j G_j    dO = sum_j (G_j v_j + P_j dv_j) - dL O.
 // Gradient, with Delta = dO O of the incoming dO:
 //   dS_j = P_j (dO v_j - Delta)    dv_j = sum P_j dO    dq = scale sum_j dS_j k_j    dk_j likewise.
-//
-// Kernels keep s_j and L in units of ln 2 (times log2 e), so that P is a power of two.
 #pragma once
 
 #include "common.h"
@@ -13,7 +11,6 @@
 namespace tim::math {
 
 constexpr float kLog2E = 1.44269504088896341f;
-constexpr float kLn2 = 0.693147180559945309f;
 
 // 2^x within 1 ulp, in plain arithmetic that a compiler can vectorise: the nearest integer n goes
 // into the exponent, and the polynomial of degree 6 with the smallest relative error (2e-9) gives
@@ -42,7 +39,11 @@ TIM_HD float power_of_two(float x) {
 #endif
 }
 
-TIM_HD float attention_weight(float score, float lse) { return power_of_two(score - lse); }
+// `product` is q k. The difference comes first: large scores would lose its digits if log2 e were
+// multiplied into them before. Compilers make one fused operation of it where there is one.
+TIM_HD float attention_weight(float product, float scale, float lse) {
+    return power_of_two(kLog2E * (scale * product - lse));
+}
 
 TIM_HD float attention_tangent(float sum, float t_lse, float out) { return sum - t_lse * out; }
 

@@ -52,8 +52,5 @@ __all__ = [
 
 
 def available() -> dict[str, tuple[str, ...]]:
-    """Which operations have compiled kernels here: {"swiglu": ("cpu", "cuda"), ...}.
-
-    `attention` has none of its own yet: it is PyTorch's, with a tiled tangent.
-    """
-    return {name: backends(name) for name in (*KERNEL_OPS, "attention")}
+    """Which operations have compiled kernels here: {"swiglu": ("cpu", "cuda"), ...}."""
+    return {name: backends(name) for name in KERNEL_OPS}

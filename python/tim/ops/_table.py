@@ -27,7 +27,9 @@ from tim import _extension
 DEVICES = ("cpu", "cuda")
 DIRECTIONS = ("forward", "backward", "tangent")
 #: Operations with kernels, in the order in which a transformer block and the objective meet them.
-KERNEL_OPS = ("interpolate", "adaln", "qk_norm_rope", "swiglu", "transition_loss")
+KERNEL_OPS = (
+    "interpolate", "adaln", "qk_norm_rope", "attention", "swiglu", "transition_loss",
+)  # fmt: skip
 KERNEL_DTYPES = {
     "cpu": (torch.float32, torch.bfloat16),
     "cuda": (torch.float32, torch.bfloat16, torch.float16),

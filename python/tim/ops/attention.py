@@ -4,21 +4,26 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch._C._functorch import TransformType
 
+from tim.ops import _attention_forward as forward
+from tim.ops import _attention_kernels as kernels
 from tim.ops import _dispatch as dispatch
 from tim.ops import pairs
+from tim.ops._attention_tiled import tiled_tangent
 from tim.ops.pairs import Operand, Pair
 
-#: Elements of one tile of the score matrix, which bounds the memory of the tangent whatever the
-#: sequence length: on a CPU what stays in a core's cache, on a GPU what keeps it busy.
-TILE_ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 25}
-BACKENDS = ("auto", "sdpa", "reference")
+BACKENDS = ("auto", "kernel", "sdpa", "flash_attn", "reference")
+#: Who computes the forward pass where our kernels run: the fastest that was measured on a CPU
+#: (docs/attention.md). On a GPU nothing was measured yet, and PyTorch's is taken.
+FASTEST_FORWARD = {"cpu": "kernel", "cuda": "sdpa"}
+#: Head dimensions that the CUDA kernels are compiled for, and their dtypes.
+CUDA_HEAD_DIMS = (64, 72, 96, 128)
+CUDA_DTYPES = (torch.bfloat16, torch.float16)
 
 
 def attention(
@@ -28,24 +33,31 @@ def attention(
     *,
     cu_seqlens_q: Tensor | None = None,
     cu_seqlens_k: Tensor | None = None,
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
     scale: float | None = None,
     backend: str = "auto",
 ) -> Operand:
     """softmax(q k^T scale) v, with forward, backward and forward-mode tangent.
 
-    Forward and backward are PyTorch's scaled_dot_product_attention. With P the softmax and O the
-    output, the tangent is
+    With P the softmax and O the output, the tangent is
 
         G = P * (t_q k^T + q t_k^T) scale        t_O = G v - rowsum(G) * O + P t_v
 
-    computed tile by tile: nothing of size N x M is stored.
+    where absent tangents cost nothing. It needs O and the log-sum-exp of the scores, whoever
+    computed them, and nothing of size N x M is stored, here or for the backward pass.
 
     Args:
         q: [B, N, H, D]; k, v: [B, M, H, D]; any strides.
-        cu_seqlens_q, cu_seqlens_k: int [S + 1], row offsets of S packed sequences; B must then be
-            1. Sequence i of q attends to sequence i of k and v only. Reading them synchronises.
+        cu_seqlens_q, cu_seqlens_k: int [S + 1] on the device of q, row offsets of S packed
+            sequences; B must then be 1. Sequence i of q attends to sequence i of k and v only; a
+            query without keys gets zero. On a GPU their values are not checked, as reading them
+            would wait for it.
+        max_seqlen_q, max_seqlen_k: upper bounds of the sequences' lengths, which may spare a GPU
+            some work.
         scale: 1 / sqrt(D) when None.
-        backend: "auto", "sdpa", or "reference" (the plain formula, stores N x M).
+        backend: who computes the forward pass: "kernel" (ours), "sdpa" (PyTorch), "flash_attn"
+            (if installed), "reference" (the plain formula, stores N x M), or "auto".
 
     Returns:
         [B, N, H, D], contiguous, in the common dtype. Its forward-mode tangent is not
@@ -53,35 +65,67 @@ def attention(
 
     Raises:
         TypeError: an input is no floating-point tensor.
-        ValueError: shapes, devices or cu_seqlens do not fit, or the backend is unknown.
+        ValueError: shapes, devices or cu_seqlens do not fit, or the backend is unknown or cannot
+            take these inputs.
 
-    Source: Vaswani et al. (arXiv 1706.03762), eq. 1; the tangent follows by differentiation.
+    Source: Vaswani et al. (arXiv 1706.03762), eq. 1; the tangent follows by differentiation. The
+    forward and backward passes in tiles: Dao et al. (arXiv 2205.14135).
     """
-    if pairs.is_pair(q, k, v):
-        return _of_pairs(q, k, v, scale, backend)
-    dispatch.check_tensors(q=q, k=k, v=v)
-    _check(q, k, v, backend)
-    q, k, v = dispatch.promote(q, k, v)
-    scale = 1 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
-    if cu_seqlens_q is None and cu_seqlens_k is None:
-        return _dense(q, k, v, scale, backend)
-    rows_q = _offsets("cu_seqlens_q", cu_seqlens_q, q)
-    rows_k = _offsets("cu_seqlens_k", cu_seqlens_k, k)
-    if len(rows_q) != len(rows_k):
-        raise ValueError(
-            f"cu_seqlens_k must have as many entries as cu_seqlens_q, {len(rows_q)}, "
-            f"got {len(rows_k)}"
-        )
-    spans = zip(itertools.pairwise(rows_q), itertools.pairwise(rows_k), strict=True)
-    parts = [_dense(q[:, a:b], k[:, c:d], v[:, c:d], scale, backend) for (a, b), (c, d) in spans]
-    return torch.cat(parts, dim=1) if parts else torch.zeros_like(q)
+    operands = pairs.promote(q, k, v) if pairs.is_pair(q, k, v) else None
+    if operands is None:
+        dispatch.check_tensors(q=q, k=k, v=v)
+        operands = dispatch.promote(q, k, v)
+        primals, tangents = dispatch.split_tangents(*operands)
+    else:
+        primals, tangents = pairs.split(*operands)
+    scale = 1 / math.sqrt(primals[0].shape[-1]) if scale is None else float(scale)
+    _check(*primals, backend)
+    packing = _packing(*primals[:2], cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+    source = _choose(primals, tangents, packing, backend)
+    if source == "reference":
+        offsets = () if packing is None else packing[:2]
+        out = pairs.lift(lambda q, k, v: attention_reference(q, k, v, scale, *offsets), *operands)
+        return out if isinstance(out, Pair) else dispatch.drop_tangent_graph(out)
+    if source != "pytorch":
+        out, t_out = _by_kernels(primals, tangents, packing, scale, source)
+    elif packing is None:
+        out, t_out = _by_pytorch(primals, tangents, scale, backend)
+    else:
+        out, t_out = _each_sequence(primals, tangents, packing, scale, backend)
+    if t_out is None:
+        return out
+    return Pair(out, t_out) if pairs.is_pair(*operands) else dispatch.make_dual(out, t_out)
 
 
-def attention_reference(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:
+def attention_reference(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float | None = None,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+) -> Tensor:
     """The specification, in PyTorch operations. Stores the N x M matrix."""
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
     scores = torch.einsum("bnhd,bmhd->bhnm", q, k) * scale
-    return torch.einsum("bhnm,bmhd->bnhd", scores.softmax(-1), v).contiguous()
+    if cu_seqlens_q is None or cu_seqlens_k is None:
+        weights = scores.softmax(-1)
+    else:
+        others = _sequence(cu_seqlens_q, q)[:, None] != _sequence(cu_seqlens_k, k)
+        # With finite numbers in their places, rows without keys have no NaN in their derivatives.
+        weights = scores.masked_fill(others, torch.finfo(scores.dtype).min).softmax(-1)
+        weights = weights.masked_fill(others, 0.0)
+    return torch.einsum("bhnm,bmhd->bnhd", weights, v).contiguous()
+
+
+def _sequence(cu_seqlens: Tensor, packed: Tensor) -> Tensor:
+    """Number of the sequence that each row belongs to."""
+    rows = torch.arange(packed.shape[1], device=packed.device, dtype=cu_seqlens.dtype)
+    return torch.bucketize(rows, cu_seqlens[1:], right=True)
+
+
+#: cu_seqlens of queries and keys, and upper bounds of the lengths; None where nothing is packed.
+Packing = tuple[Tensor, Tensor, int, int] | None
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, backend: str) -> None:
@@ -96,52 +140,152 @@ def _check(q: Tensor, k: Tensor, v: Tensor, backend: str) -> None:
             f"got {list(k.shape)}"
         )
     dispatch.check_shape("v", v, k.shape, "that of k")
-    if k.shape[1] == 0:
-        raise ValueError("k must hold at least one token, got M = 0")
 
 
-def _offsets(name: str, cu_seqlens: Tensor | None, packed: Tensor) -> list[int]:
-    if cu_seqlens is None:
-        raise ValueError(f"{name} must be given together with the other cu_seqlens, got None")
-    if packed.shape[0] != 1:
-        raise ValueError(f"{name} needs packed inputs with B = 1, got B = {packed.shape[0]}")
-    if cu_seqlens.dim() != 1 or cu_seqlens.dtype not in (torch.int32, torch.int64):
+def _packing(
+    q: Tensor,
+    k: Tensor,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    max_seqlen_q: int | None,
+    max_seqlen_k: int | None,
+) -> Packing:
+    if cu_seqlens_q is None and cu_seqlens_k is None:
+        for name, bound in (("max_seqlen_q", max_seqlen_q), ("max_seqlen_k", max_seqlen_k)):
+            if bound is not None:
+                raise ValueError(f"{name} must come with cu_seqlens, got {bound} without")
+        if k.shape[1] == 0:
+            raise ValueError("k must hold at least one token, got M = 0")
+        return None
+    offsets = []
+    for name, cu_seqlens in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
+        if cu_seqlens is None:
+            raise ValueError(f"{name} must be given together with the other cu_seqlens, got None")
+        if q.shape[0] != 1:
+            raise ValueError(f"{name} needs packed inputs with B = 1, got B = {q.shape[0]}")
+        if cu_seqlens.dim() != 1 or cu_seqlens.dtype not in (torch.int32, torch.int64):
+            raise ValueError(
+                f"{name} must be an integer vector [S + 1], got {cu_seqlens.dtype} "
+                f"{list(cu_seqlens.shape)}"
+            )
+        if cu_seqlens.device != q.device:
+            raise ValueError(f"{name} must be on {q.device} like q, got {cu_seqlens.device}")
+        offsets.append(cu_seqlens.to(torch.int32).contiguous())
+    if len(offsets[0]) != len(offsets[1]):
         raise ValueError(
-            f"{name} must be an integer vector [S + 1], got {cu_seqlens.dtype} "
-            f"{list(cu_seqlens.shape)}"
+            f"cu_seqlens_k must have as many entries as cu_seqlens_q, {len(offsets[0])}, "
+            f"got {len(offsets[1])}"
         )
-    rows = cu_seqlens.tolist()
-    ascending = all(a <= b for a, b in itertools.pairwise(rows))
-    if not rows or rows[0] != 0 or rows[-1] != packed.shape[1] or not ascending:
-        raise ValueError(f"{name} must ascend from 0 to {packed.shape[1]}, got {rows}")
-    return rows
+    longest_q = q.shape[1] if max_seqlen_q is None else max_seqlen_q
+    longest_k = k.shape[1] if max_seqlen_k is None else max_seqlen_k
+    return *offsets, longest_q, longest_k
 
 
-def _dense(q: Tensor, k: Tensor, v: Tensor, scale: float, backend: str) -> Tensor:
-    transformed = dispatch.has_transform(TransformType.Vmap, TransformType.Grad)
-    primals, tangents = dispatch.split_tangents(q, k, v)
-    if backend == "reference" or (transformed and tangents is not None):
-        return dispatch.drop_tangent_graph(attention_reference(q, k, v, scale))
+def _why_no_kernel(q: Tensor, k: Tensor, v: Tensor) -> str | None:
+    reason = dispatch.why_not("attention", q, k, v)
+    if reason is not None or q.device.type != "cuda":
+        return reason
+    if q.dtype not in CUDA_DTYPES:
+        return f"the cuda kernels of attention take bfloat16 and float16, got {q.dtype}"
+    if q.shape[-1] not in CUDA_HEAD_DIMS:
+        return f"the cuda kernels of attention take head dimensions {CUDA_HEAD_DIMS}"
+    return None
+
+
+def _choose(
+    primals: tuple[Tensor, ...],
+    tangents: tuple[Tensor | None, ...] | None,
+    packing: Packing,
+    backend: str,
+) -> str:
+    """Who computes: "reference"; "pytorch", with a tangent in tiles; or the source of the output
+    and its log-sum-exp from which our kernels go on."""
+    moving = tangents is not None
+    if moving and dispatch.has_transform(TransformType.Vmap, TransformType.Grad):
+        return "reference"  # its operations have rules for torch.func, ours have none
+    if backend == "reference":
+        return backend
+    reason = _why_no_kernel(*primals)
+    source = backend
+    if backend == "auto":
+        usual = FASTEST_FORWARD[primals[0].device.type] if packing is None else "kernel"
+        source = usual if reason is None else "sdpa"
+    if source == "flash_attn" and reason is None:
+        reason = forward.why_no_flash_attn(primals[0])
+    if source != "sdpa":
+        if reason is not None:
+            raise ValueError(f"backend {source!r} cannot take these inputs: {reason}")
+        return source
+    if packing is not None:
+        # One sequence after the other needs their lengths, which a compiler does not know.
+        return "reference" if torch.compiler.is_compiling() else "pytorch"
+    # PyTorch's forward has PyTorch's own gradient, unless we need its log-sum-exp anyway.
+    return source if moving and reason is None else "pytorch"
+
+
+def _by_kernels(
+    primals: tuple[Tensor, ...],
+    tangents: tuple[Tensor | None, ...] | None,
+    packing: Packing,
+    scale: float,
+    source: str,
+) -> tuple[Tensor, Tensor | None]:
+    longest = (primals[0].shape[1], primals[1].shape[1])
+    offsets = (None, None, *longest) if packing is None else packing
+    if tangents is None:
+        return kernels.plain(*primals, *offsets, scale, source)[0], None
+    out, _, t_out = kernels.dual(*primals, *tangents, *offsets, scale, source)
+    return out, t_out
+
+
+def _each_sequence(
+    primals: tuple[Tensor, ...],
+    tangents: tuple[Tensor | None, ...] | None,
+    packing: tuple[Tensor, Tensor, int, int],
+    scale: float,
+    backend: str,
+) -> tuple[Tensor, Tensor | None]:
+    """Packed sequences one after the other, by what takes only whole batches."""
+    q, k, v = primals
+    rows_q = kernels.first_rows("cu_seqlens_q", packing[0], q.shape[1], packing[2])
+    rows_k = kernels.first_rows("cu_seqlens_k", packing[1], k.shape[1], packing[3])
+    parts = []
+    spans = zip(itertools.pairwise(rows_q), itertools.pairwise(rows_k), strict=True)
+    for (a, b), (c, d) in spans:
+        operands = (q[:, a:b], k[:, c:d], v[:, c:d])
+        if c == d:
+            zero = attention_reference(*operands, scale)
+            parts.append((zero, torch.zeros_like(zero)))
+            continue
+        moving = tangents and tuple(
+            None if t is None else t[:, first:last]
+            for t, first, last in zip(tangents, (a, c, c), (b, d, d), strict=True)
+        )
+        parts.append(_by_pytorch(operands, moving, scale, backend))
+    if not parts:
+        zero = attention_reference(q, k, v, scale)
+        parts.append((zero, torch.zeros_like(zero)))
+    out = torch.cat([out for out, _ in parts], dim=1)
+    return out, None if tangents is None else torch.cat([t_out for _, t_out in parts], dim=1)
+
+
+def _by_pytorch(
+    primals: tuple[Tensor, ...],
+    tangents: tuple[Tensor | None, ...] | None,
+    scale: float,
+    backend: str,
+) -> tuple[Tensor, Tensor | None]:
+    q, k, _ = primals
     if backend == "auto" and _plain_is_faster(q, k):
         out = attention_reference(*primals, scale)
     else:
         out = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in primals), scale=scale)
         out = out.transpose(1, 2).contiguous()
     if tangents is None:
-        return out
-    t_out = _attention_tangent(*(x.detach() for x in primals), out.detach(), *tangents, scale)
-    return dispatch.make_dual(dispatch.guard_backward("attention", out), t_out)
-
-
-def _of_pairs(q: Operand, k: Operand, v: Operand, scale: float | None, backend: str) -> Pair:
-    """The values of all samples and the tangents of some, of sequences of one length."""
-    primals, tangents = pairs.split(*pairs.promote(q, k, v))
-    _check(*primals, backend)
-    scale = 1 / math.sqrt(primals[0].shape[-1]) if scale is None else float(scale)
-    out = _dense(*primals, scale, backend)
+        return out, None
     first = len(out) - pairs.count(tangents)
-    inputs = (x[first:].detach() for x in (*primals, out))
-    return Pair(out, _attention_tangent(*inputs, *tangents, scale))
+    last = (x[first:].detach() for x in (*primals, out))
+    return dispatch.guard_backward("attention", out), tiled_tangent(*last, *tangents, scale)
 
 
 def _plain_is_faster(q: Tensor, k: Tensor) -> bool:
@@ -155,89 +299,3 @@ def _plain_is_faster(q: Tensor, k: Tensor) -> bool:
         and q.dtype in (torch.bfloat16, torch.float16)
         and (k.shape[1] <= 256)
     )
-
-
-def _tangent(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    t_q: Tensor | None,
-    t_k: Tensor | None,
-    t_v: Tensor | None,
-    scale: float,
-) -> Tensor:
-    operands = tuple(map(_heads_first, (q, k, v, out, t_q, t_k, t_v)))
-    result = dispatch.empty_like(q)
-    if not result.numel():
-        return result
-    batch, tokens, heads, _ = q.shape
-    keys, tile = k.shape[1], TILE_ELEMENTS[q.device.type]
-    target = result.transpose(1, 2)
-    # Autocast reaches into opaque operations and would round the float32 scores.
-    with torch.autocast(q.device.type, enabled=False):
-        if heads * tokens * keys <= tile // 4:
-            # Short sequences: one copy makes a batch of many samples out of many small products.
-            group = max(1, tile // (heads * tokens * keys))
-            for start in range(0, batch, group):
-                chosen = slice(start, start + group)
-                parts = _each(operands, lambda x, chosen=chosen: x[chosen].flatten(0, 1))
-                target[chosen] = _rows(*parts, scale).unflatten(0, (-1, heads))
-            return result
-        rows = max(1, min(tokens, tile // keys))
-        group = max(1, tile // (rows * keys))
-        for sample in range(batch):
-            for head in range(0, heads, group):
-                some = slice(head, head + group)
-                q_, k_, v_, o_, tq, tk, tv = _each(operands, lambda x, s=sample, h=some: x[s, h])
-                for row in range(0, tokens, rows):
-                    few = slice(row, row + rows)
-                    query = _each((q_, o_, tq), lambda x, few=few: x[:, few])
-                    part = _rows(query[0], k_, v_, query[1], query[2], tk, tv, scale)
-                    target[sample, some, few] = part
-    return result
-
-
-def _heads_first(x: Tensor | None) -> Tensor | None:
-    """[B, N, H, D] as [B, H, N, D], at least float32: scores of half precision would cost the
-    tangent more accuracy than everything else together."""
-    if x is None:
-        return None
-    return x.to(torch.promote_types(x.dtype, torch.float32)).transpose(1, 2)
-
-
-def _each(operands: tuple, function: Callable[[Tensor], Tensor]) -> tuple:
-    return tuple(None if x is None else function(x) for x in operands)
-
-
-def _rows(q, k, v, out, t_q, t_k, t_v, scale: float) -> Tensor:
-    """The tangent of some query rows against all keys; every operand [heads, rows, D]."""
-    p = _scores(q, k, scale).softmax(-1)
-    t_out = torch.zeros_like(out) if t_v is None else torch.bmm(p, t_v)
-    if t_q is None and t_k is None:
-        return t_out
-    if t_q is None:
-        g = _scores(q, t_k, scale)
-    else:
-        g = _scores(t_q, k, scale)
-        if t_k is not None:
-            g.baddbmm_(q, t_k.mT, alpha=scale)
-    g.mul_(p)
-    t_out.baddbmm_(g, v)
-    return t_out.addcmul_(g.sum(-1, keepdim=True), out, value=-1)
-
-
-def _scores(q: Tensor, k: Tensor, scale: float) -> Tensor:
-    scores = q.new_empty(q.shape[0], q.shape[1], k.shape[1])
-    return scores.baddbmm_(q, k.mT, beta=0, alpha=scale)
-
-
-def _fake(q: Tensor, *_: object) -> Tensor:
-    return dispatch.empty_like(q)
-
-
-_attention_tangent = dispatch.register(
-    "attention_tangent(Tensor q, Tensor k, Tensor v, Tensor out, Tensor? t_q, Tensor? t_k, "
-    "Tensor? t_v, float scale) -> Tensor",
-    _tangent, _fake,
-)  # fmt: skip
