@@ -207,9 +207,10 @@ def _choose(
         return backend
     reason = _why_no_kernel(*primals)
     source = backend
-    if backend == "auto":
-        usual = FASTEST_FORWARD[primals[0].device.type] if packing is None else "kernel"
-        source = usual if reason is None else "sdpa"
+    if backend == "auto" and reason is not None:
+        source = "sdpa"
+    elif backend == "auto":
+        source = FASTEST_FORWARD[primals[0].device.type] if packing is None else "kernel"
     if source == "flash_attn" and reason is None:
         reason = forward.why_no_flash_attn(primals[0])
     if source != "sdpa":
