@@ -110,7 +110,10 @@ def test_every_mask_of_packed_sequences(lengths, dtype):
     for i, results in enumerate(
         zip(derivatives(packed, lambda x: x), exact, yardstick, strict=True)
     ):
-        assert_close(*results, 3, f"result {i}")
+        if dtype == torch.float64:  # the reference is exact itself, and no yardstick
+            torch.testing.assert_close(*results[:2])
+        else:
+            assert_close(*results, 3, f"result {i}")
 
 
 @settings(max_examples=20, deadline=None)

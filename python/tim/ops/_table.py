@@ -140,6 +140,11 @@ def kernels(text: str) -> Iterator[None]:
         recall.cache_clear()
 
 
+def in_force() -> str:
+    """The value of TIM_KERNELS, or of the innermost `kernels`, that holds now."""
+    return _text
+
+
 def all_off() -> bool:
     """Whether every operation runs its reference, in `reference_only` or by TIM_KERNELS=off."""
     return all(where == "off" for where in _places.values())
