@@ -48,12 +48,13 @@ SIZES = {
     "swiglu": [(3, 64), (5, 1000), (2, 7), (1, 9), (70, 1400)],
     "adaln": adaln_sizes(),
     "gated_adaln": adaln_sizes(),
-    # Every multiple of 8, and some that are none; tokens of more than one chunk of the backward.
+    # Every multiple of 8, and some that are none; more tokens than one chunk of the backward holds.
     "qk_norm_rope": [
         *((1, 2, 3, head_dim) for head_dim in range(8, 257, 8)),
         (1, 2, 2, 6),
         (1, 2, 2, 90),
         (3, 37, 2, 16),
+        (1, 33, 2, 6),
     ],
     # One position, a pack and some, more than a block's; channels for one group and for all.
     # More samples than rows of a grid.
