@@ -9,7 +9,7 @@ public dde, public jvp            benchmarks/peers.py: differences, and eager to
 
 import sys
 
-from peers import peers
+import peers
 
 from tim.bench import main
 

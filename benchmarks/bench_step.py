@@ -13,7 +13,7 @@ at two sizes of the model.
 
 import sys
 
-from peers import peers
+import peers
 
 from tim.bench import main
 

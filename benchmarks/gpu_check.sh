@@ -148,6 +148,8 @@ import re, sys, torch
 from tim.bench.machine import describe
 name = describe(torch.device(sys.argv[1]))["name"]
 print(re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-"))' "$device") || return
+    # Counts of launches are no rows of times: they stay a file of their own.
+    mv "$parts/launches.json" "$results/$name-$(date -u +%Y-%m-%d)-launches.json" 2>/dev/null
     "$python" -m tim.bench.summary "$results/$name-$(date -u +%Y-%m-%d).json" "$parts"/*.json
 }
 export results
@@ -160,10 +162,14 @@ if [ "$device" = cuda ]; then
     nvidia-smi --query-gpu=name,driver_version,memory.total,clocks.sm,clocks.max.sm --format=csv
     every=(--seconds 0.1 --dtypes float32,bfloat16)
     step=(--seconds 2)
+    sampling=(--seconds 0.5)
+    launches=()
     compiled=(--seconds 0.1 --sizes xl2-256 --dtypes bfloat16)
 else
     every=(--seconds 0.01 --dtypes float32 --sizes small)
     step=(--seconds 0.1 --sizes digits)
+    sampling=(--seconds 0.02 --sizes "digits x 1")
+    launches=(--size digits)
     compiled=(interpolate swiglu --seconds 0.01 --sizes small --dtypes float32)
 fi
 
@@ -175,6 +181,8 @@ for operation in interpolate transition_loss qk_norm_rope adaln swiglu attention
     part 60 "bench_$operation" bench "$operation" "$operation" "${every[@]}"
 done
 part 120 bench_step bench step step "${step[@]}"
+part 60 bench_sampling bench sampling sampling "${sampling[@]}"
+part 60 bench_launches bench launches launches "${launches[@]}"
 part 150 "torch.compile" bench_compiled "${compiled[@]}"
 deadline=$((SECONDS + 20))
 part 20 summary summarise

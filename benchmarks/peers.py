@@ -237,7 +237,17 @@ class PublicStep:
         )
 
 
-def peers(setup: Setup, compiled: bool) -> dict[str, StepCandidate]:
+def networks(setup: Setup, compiled: bool) -> dict[str, nn.Module]:
+    """The public network, eager and (when asked for) compiled."""
+    model = PlainTiM(setup.model.config).to(setup.x.device)
+    model.load_state_dict(setup.model.state_dict())
+    found = {"public": model}
+    if compiled:
+        found["public, compiled"] = torch.compile(model, dynamic=False)
+    return found
+
+
+def steps(setup: Setup, compiled: bool) -> dict[str, StepCandidate]:
     """The public step, eager and (when asked for) with torch.compile of its network."""
     public = PublicStep(setup)
     found = {

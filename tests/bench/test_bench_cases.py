@@ -41,7 +41,8 @@ def test_scripts_run_their_own_benchmark(script, monkeypatch, capsys) -> None:
     assert stop.value.code == 2
     known = capsys.readouterr().err
     assert f"{option} {message}" in known
-    assert ("digits" in known) == (script.stem in ("bench_step", "bench_launches"))
+    networks = ("bench_step", "bench_sampling", "bench_launches")
+    assert ("digits" in known) == (script.stem in networks)
 
 
 def test_an_unknown_operation_is_named() -> None:

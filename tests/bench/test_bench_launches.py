@@ -16,7 +16,7 @@ from tim.models import TiMConfig
 from tim.step import PHASES
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
-from peers import peers
+import peers
 
 ROOT = Path(__file__).parents[2]
 

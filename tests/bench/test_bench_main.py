@@ -151,6 +151,20 @@ def test_steps_compare_both_derivatives(tmp_path, capsys) -> None:
     assert "dde, references" in capsys.readouterr().out
 
 
+def test_sampling_steps_compare_kernels_and_references(tmp_path, capsys) -> None:
+    path = tmp_path / "result.json"
+    assert main(["sampling", "--json", str(path), *QUICK]) == 0
+    rows = json.loads(path.read_text())["rows"]
+    assert [row["size"] for row in rows] == ["tiny x 1", "tiny x 10"]
+    for row in rows:
+        assert row["benchmark"] == "sampling" and list(row["candidates"]) == [
+            "tim", "tim, references",
+        ]  # fmt: skip
+        assert all(candidate["error"] < 1e-5 for candidate in row["candidates"].values())
+    shown = capsys.readouterr().out
+    assert "sampling" in shown and "tiny x 10" in shown and "derivative error" not in shown
+
+
 def test_a_step_leaves_the_weights_alone() -> None:
     size = step.STEP_SIZES["cpu"][0]
     setup = step.Setup.random(size, torch.float32, torch.device("cpu"))

@@ -10,7 +10,7 @@ from tim.bench.step import Setup, StepSize
 from tim.models import TiMConfig
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
-from peers import PlainTiM, PublicStep, peers, public_objective
+from peers import PlainTiM, PublicStep, networks, public_objective, steps
 
 CONFIGS = {
     "plain": TiMConfig(
@@ -78,5 +78,7 @@ def test_whole_steps_of_the_peers_change_what_ours_change(setup) -> None:
 
 def test_peers_are_compiled_only_when_asked(setup) -> None:
     eager = ["public dde", "public jvp"]
-    assert list(peers(setup, False)) == eager
-    assert list(peers(setup, True)) == [*eager, "public dde, compiled"]
+    assert list(steps(setup, False)) == eager
+    assert list(steps(setup, True)) == [*eager, "public dde, compiled"]
+    assert list(networks(setup, False)) == ["public"]
+    assert list(networks(setup, True)) == ["public", "public, compiled"]

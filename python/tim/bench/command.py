@@ -43,7 +43,7 @@ class Case:
 def main(arguments: Sequence[str] | None = None, peers: Peers | None = None) -> int:
     """Measure what the command line asks for; 0, or 1 when a measurement failed.
 
-    `peers` adds other implementations to the comparison of training steps.
+    `peers` adds other implementations to the comparison of whole steps.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if arguments[:1] == ["launches"]:
@@ -92,8 +92,8 @@ def _cases(options: argparse.Namespace, settings: Settings, peers: Peers | None)
         case
         for name in names
         for case in (
-            _steps(options, settings, peers)
-            if name == "step"
+            _networks(name, options, settings, peers)
+            if name in ("step", "sampling")
             else _operations(name, options, settings)
         )
     ]
@@ -122,14 +122,21 @@ def _operations(kernel: str, options: argparse.Namespace, settings: Settings) ->
                 yield Case(name, size.name, dtype, make)
 
 
-def _steps(options: argparse.Namespace, settings: Settings, peers: Peers | None) -> Iterator[Case]:
+def _networks(
+    name: str, options: argparse.Namespace, settings: Settings, peers: Peers | None
+) -> Iterator[Case]:
+    """Steps of training or of sampling."""
     # Imported here: operations can be measured where the model's dependencies are not installed.
+    from tim.bench.sampling import measure_sampling, sampling_sizes
     from tim.bench.step import STEP_SIZES, measure_step
 
     kind = settings.device.type
-    for size, dtype in itertools.product(STEP_SIZES[kind], options.dtypes or _STEP_DTYPES[kind]):
-        make = functools.partial(measure_step, size, DTYPES[dtype], settings, peers)
-        yield Case(f"step {size.name} {dtype}", size.name, dtype, make)
+    sizes, function = STEP_SIZES[kind], measure_step
+    if name == "sampling":
+        sizes, function = sampling_sizes(kind), measure_sampling
+    for size, dtype in itertools.product(sizes, options.dtypes or _STEP_DTYPES[kind]):
+        make = functools.partial(function, size, DTYPES[dtype], settings, peers)
+        yield Case(f"{name} {size.name} {dtype}", size.name, dtype, make)
 
 
 def _own_stream(device: torch.device) -> AbstractContextManager:
@@ -161,7 +168,7 @@ def _parser() -> argparse.ArgumentParser:
         "names",
         nargs="*",
         metavar="NAME",
-        help=f"{', '.join(OPERATION_NAMES)} (all of these), step, or launches",
+        help=f"{', '.join(OPERATION_NAMES)} (all of these), step, sampling, or launches",
     )
     add("--device", choices=("cpu", "cuda"), help="cuda where there is one")
     add("--sizes", type=_listed(), metavar="SIZE,...", help="all that the device has")

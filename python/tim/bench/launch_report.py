@@ -78,7 +78,7 @@ def count_size(size: StepSize, device: torch.device, peers: Peers | None) -> lis
     setup = Setup.random(size, dtype, device)
     candidates = own_candidates(setup)
     if peers is not None:
-        candidates |= peers(setup, False)
+        candidates |= peers.steps(setup, False)
     counts = []
     for name, candidate in candidates.items():
         step = candidate.step()

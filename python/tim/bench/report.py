@@ -29,7 +29,7 @@ class Candidate:
 class Row:
     """Candidates measured in turns; the first is the one that the row is about."""
 
-    benchmark: str  #: an operation, or "step"
+    benchmark: str  #: an operation, "step" or "sampling"
     size: str
     shape: dict
     dtype: str

@@ -11,9 +11,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
+from typing import Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tim import ops, transports
 from tim.bench.machine import name_of
@@ -115,10 +116,15 @@ class Setup:
         step.ema_weight.fill_(1e-4)
         return step
 
-    def exact_derivative(self) -> Tensor:
-        """dF in float64."""
+    def wide_model(self) -> TiM:
+        """The network in float64."""
         model = TiM(self.model.config).to(self.x.device, torch.float64)
         model.load_state_dict(self.model.state_dict())
+        return model
+
+    def exact_derivative(self) -> Tensor:
+        """dF in float64."""
+        model = self.wide_model()
         batch = [v.double() if v.is_floating_point() else v for v in self.batch]
         with torch.no_grad(), ops.reference_only():
             return self.loss("jvp")(model, *batch).derivative
@@ -144,8 +150,18 @@ class StepCandidate:
         return step
 
 
-#: Other implementations of the same step, by name.
-Peers = Callable[[Setup, bool], dict[str, StepCandidate]]
+class Peers(Protocol):
+    """Other implementations, by name; the second argument asks for torch.compile of them too."""
+
+    def steps(self, setup: Setup, compiled: bool) -> dict[str, StepCandidate]: ...
+
+    def networks(self, setup: Setup, compiled: bool) -> dict[str, nn.Module]: ...
+
+
+def kernels_of(device: torch.device) -> str:
+    """For the result file: on what a whole network runs."""
+    names = [name for name, backends in ops.available().items() if device.type in backends]
+    return f"{device.type} kernels of {', '.join(names)}" if names else "PyTorch"
 
 
 def measure_step(
@@ -156,7 +172,7 @@ def measure_step(
     setup = Setup.random(size, dtype, device)
     candidates = own_candidates(setup)
     if peers is not None:
-        candidates |= peers(setup, settings.compile)
+        candidates |= peers.steps(setup, settings.compile)
     exact = setup.exact_derivative()
     steps: dict[str, Callable[[], object]] = {}
     errors, peaks, notes = {}, {}, []
@@ -175,7 +191,6 @@ def measure_step(
     # What a user's step costs includes its launches, so no CUDA graphs.
     functions = {name: [step] for name, step in steps.items()}
     times = compare(functions, device, settings.seconds, graphs=False)
-    kernels = [name for name, backends in ops.available().items() if device.type in backends]
     return Row(
         benchmark="step",
         size=size.name,
@@ -183,7 +198,7 @@ def measure_step(
         dtype=name_of(dtype) + ("" if dtype == torch.float32 else " autocast"),
         direction="step",
         device=device.type,
-        runs_on=f"{device.type} kernels of {', '.join(kernels)}" if kernels else "PyTorch",
+        runs_on=kernels_of(device),
         candidates={name: Candidate(times[name], peaks[name], errors[name]) for name in steps},
         notes=notes,
     )

@@ -33,7 +33,7 @@ def show(result: dict) -> None:
     """Print the short table of a result document."""
     groups: dict[tuple, list[dict]] = {}
     for row in result["rows"]:
-        if row["benchmark"] != "step":
+        if row["direction"] != "step":
             key = row["benchmark"], row["direction"], row["dtype"]
             groups.setdefault(key, []).append(row)
     if groups:

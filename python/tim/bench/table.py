@@ -10,9 +10,8 @@ _OPERATION_HEADINGS = (
     "operation", "size", "dtype", "direction", "runs on", "time", "spread", "reference", "compile",
     "attained", "cache", "error", "ref. error", "memory",
 )  # fmt: skip
-_STEP_HEADINGS = (
-    "size", "dtype", "step", "time", "spread", "first / this", "memory", "derivative error",
-)  # fmt: skip
+#: Whole steps by benchmark, and what their errors are of.
+_STEPS = {"step": "derivative error", "sampling": "error"}
 
 
 def show(result: dict) -> None:
@@ -21,7 +20,7 @@ def show(result: dict) -> None:
     print(f"{machine['name']}, {machine['threads']} threads, torch {machine['torch']}")
     for run in result["runs"]:
         print(limits_line(run))
-    operations = [row for row in result["rows"] if row["benchmark"] != "step"]
+    operations = [row for row in result["rows"] if row["benchmark"] not in _STEPS]
     if operations:
         lines = [operation_cells(row, _matmul_rate(result, row)) for row in operations]
         show_table(_OPERATION_HEADINGS, lines)
@@ -35,10 +34,14 @@ def show(result: dict) -> None:
 
 
 def show_steps(result: dict) -> None:
-    """Print the training steps of a document and what failed in its runs."""
-    steps = [row for row in result["rows"] if row["benchmark"] == "step"]
-    if steps:
-        show_table(_STEP_HEADINGS, [cells for row in steps for cells in step_cells(row)])
+    """Print the whole steps of a document and what failed in its runs."""
+    for benchmark, error in _STEPS.items():
+        rows = [row for row in result["rows"] if row["benchmark"] == benchmark]
+        headings = (
+            "size", "dtype", benchmark, "time", "spread", "first / this", "memory", error,
+        )  # fmt: skip
+        if rows:
+            show_table(headings, [cells for row in rows for cells in step_cells(row)])
     for failure in (failure for run in result["runs"] for failure in run["failures"]):
         print(f"failed: {failure}")
 
