@@ -28,7 +28,7 @@ LAYERS = (
     ("schedule",),
     ("_passes", "derivative", "graphs", "objective", "sampling_graph", "sampler"),
     ("autoencoder", "repa", "text"),
-    ("config", "data", "checkpoint", "ema", "frechet", "grid", "run_log", "step"),
+    ("conditions", "config", "data", "checkpoint", "ema", "frechet", "grid", "run_log", "step"),
     ("pipeline", "presets", "trainer", "evaluate", "bench"),
     ("cli", "commands", "encode", "info", "__main__"),
 )

@@ -200,9 +200,9 @@ def test_the_model_has_room_for_all_classes(tmp_path) -> None:
     Trainer(config(), tmp_path / "run", dataset=noise(20, classes=12), resume=True)
 
 
-def test_text_models_are_refused_so_far(tmp_path) -> None:
+def test_text_models_need_captions(tmp_path) -> None:
     text = dataclasses.replace(MODEL, num_classes=None, cap_feat_dim=8)
-    with pytest.raises(ValueError, match="needs a class model so far, got a text model"):
+    with pytest.raises(ValueError, match="a text model needs data with captions"):
         Trainer(dataclasses.replace(config(), model=text), tmp_path / "run")
 
 

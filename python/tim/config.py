@@ -136,8 +136,8 @@ class DataConfig:
     """The training images."""
 
     kind: Literal["digits", "folder", "arrays", "latents"] = "digits"
-    """scikit-learn's digits, a folder of images, an .npz file / idx pair, or latents: shards of
-    tim encode, or one file for each image as the public code writes them."""
+    """scikit-learn's digits, a folder of images or of .tar files (WebDataset), an .npz file / idx
+    pair, or latents: shards of tim encode, or files for each image as the public code has them."""
     path: str | None = None
     """The folder or file (not for digits)."""
     image_size: int = 64
@@ -148,11 +148,26 @@ class DataConfig:
     """Probability of a horizontal flip."""
     workers: int = 4
     """Threads that decode images (folder)."""
+    captions: str | None = None
+    """Captions in place of labels (folder): txt, the .txt file beside each image, or a .jsonl file
+    of records with file_name and caption(s). Latents bring theirs."""
+    text_encoder: str | None = None
+    """Encoder of the captions of a text model: a folder or hub id of transformers."""
+    max_tokens: int = 256
+    """Longer captions are cut."""
+    escape: bool = True
+    """Write characters outside ASCII in captions as backslash escapes, as the released text model
+    has them."""
+    vae: str | None = None
+    """Autoencoder of the latents, for tim sample; by default the one of tim encode."""
+    features: str | None = None
+    """Encoder of features for the projection loss, for images of pixels: of transformers, or
+    package.module:attribute. Latents bring theirs."""
     cache_gb: float = 2.0
     """Keep decoded images in memory when all of them fit in so many gigabytes (folder)."""
 
     def __post_init__(self) -> None:
-        _check(self, "data", image_size=1, workers=1, cache_gb=0)
+        _check(self, "data", image_size=1, workers=1, cache_gb=0, max_tokens=1)
         if not 0 <= self.flip <= 1:
             raise ValueError(f"data.flip must be in [0, 1], got {self.flip}")
 
@@ -226,6 +241,8 @@ class SampleConfig:
     """One row of pictures for each number of steps."""
     columns: int = 10
     """Pictures in a row; the classes in turn."""
+    prompts: tuple[str, ...] = ()
+    """Of a text model, what the columns show; by default captions of the data."""
     cfg_scale: float = 1.0
     cfg_interval: tuple[float, float] = (0.0, 1.0)
     """Guide where low < t / T_max < high."""

@@ -153,7 +153,14 @@ class TiMPipeline(DiffusionPipeline):
             where none is given.
         """
         if (Path(source) / "config.yaml").is_file():
-            options.setdefault("shift_base", _run_shift(Path(source)))
+            run = _run_config(Path(source))
+            vae, text_encoder = vae or run.data.vae, text_encoder or run.data.text_encoder
+            known = {
+                "shift_base": run.objective.shift_base,
+                "max_tokens": run.data.max_tokens,
+                "escape": run.data.escape,
+            }
+            options = {**known, **options}
         network = load(source, preset=preset, config=config, dtype=dtype)
         release = _release(source, preset)
         vae = vae or (release and release.autoencoder)
@@ -379,8 +386,8 @@ def open_pipeline(
     return TiMPipeline.from_pretrained(source, dtype=dtype)
 
 
-def _run_shift(run: Path) -> int | None:
-    """`shift_base` of a run. Raises ValueError when it is not one of transport ot_fm."""
+def _run_config(run: Path) -> RunConfig:
+    """Configuration of a run. Raises ValueError when it is not one of transport ot_fm."""
     config = RunConfig.load(run / "config.yaml")
     transport = config.transport.build()
     if transport.name != "ot_fm" or (transport.T_min, transport.T_max) != (0, 1):
@@ -389,7 +396,7 @@ def _run_shift(run: Path) -> int | None:
             f"pipeline, got {transport.name} from {transport.T_min:g} to {transport.T_max:g}: "
             "use tim.sample"
         )
-    return config.objective.shift_base
+    return config
 
 
 def _release(source: str | Path, preset: str | None) -> Release | None:

@@ -15,6 +15,7 @@ from tim.config import (
     TransportConfig,
 )
 from tim.models import ARCHITECTURES, TiMConfig
+from tim.models.released import GEMMA
 
 
 def digits() -> RunConfig:
@@ -139,9 +140,11 @@ def tim_xl1_512() -> RunConfig:
 
 
 def tim_t2i_xl1() -> RunConfig:
-    """The paper's text-to-image TiM-XL/1 (the trainer does not take captions yet)."""
+    """The paper's text-to-image TiM-XL/1 on captioned latents (autoencoder of factor 32)."""
     transport = TransportConfig(P_mean=0.0, P_std=1.6)
-    return _paper("tim-t2i-xl1", 500_000, transport, batch_size=512)
+    run = _paper("tim-t2i-xl1", 500_000, transport, batch_size=512)
+    data = dataclasses.replace(run.data, text_encoder=GEMMA)
+    return dataclasses.replace(run, data=data)
 
 
 PRESETS: dict[str, Callable[[], RunConfig]] = {

@@ -23,6 +23,7 @@ from tim.ema import EMA, ema_weight
 from tim.graphs import Replayed, copied_into
 from tim.models import TiM
 from tim.objective import TransitionLoss
+from tim.text import TextEncoder
 
 #: What `TrainingStep.run` returns, in this order.
 VALUES = ("loss", "denoising", "projection", "grad_norm")
@@ -35,9 +36,9 @@ class Inputs(NamedTuple):
 
     x: Tensor
     z: Tensor
-    y: Tensor  #: labels, some of them dropped
-    y_guidance: Tensor  #: labels as they were
-    null: Tensor  #: null labels
+    y: Tensor  #: labels or features of captions, some of them dropped
+    y_guidance: Tensor  #: labels or features as they were
+    null: Tensor  #: null labels, or features of the empty caption
     t: Tensor
     r: Tensor
     features: Tensor | None
@@ -46,7 +47,8 @@ class Inputs(NamedTuple):
 class TrainingStep:
     """Steps of AdamW on `model`, with the averages `ema` behind them.
 
-    `encoder(x, y)` gives the features for the projection loss where a batch has none.
+    `encoder(x, y)` gives the features for the projection loss where a batch has none; `text`
+    encodes the captions of a text model.
     """
 
     def __init__(
@@ -56,8 +58,10 @@ class TrainingStep:
         loss: TransitionLoss,
         config: RunConfig,
         encoder: Callable[[Tensor, Tensor], Tensor] | None = None,
+        text: TextEncoder | None = None,
     ):
         self.model, self.ema, self.loss, self.encoder = model, ema, loss, encoder
+        self.text = text
         self.config = config
         self.parameters = list(model.parameters())
         self.device = self.parameters[0].device
@@ -139,16 +143,25 @@ class TrainingStep:
     def _draw(self, piece: Batch, step: int, part: int) -> Inputs:
         # All draws of this part follow from this seed.
         torch.manual_seed(_seed(self.config.train.seed, step, part))
-        x, y, features = (None if v is None else self._to_device(v) for v in piece)
+        x, features = (None if v is None else self._to_device(v) for v in (piece.x, piece.features))
+        y, null = self._conditions(piece.y)
         if features is None and self.encoder is not None:
             with torch.no_grad():
                 features = self.encoder(x, y)
         # Not randn_like, which draws in the order of x's strides.
         z = torch.randn(x.shape, dtype=x.dtype, device=x.device)
-        null = self.model.null_condition(len(y))
         dropped = torch.rand(len(y), device=self.device) < self.config.model.class_dropout_prob
+        dropped = dropped.view(-1, *[1] * (y.dim() - 1))
         t, r = self.loss.draw_times(x)
         return Inputs(x, z, torch.where(dropped, null, y), y, null, t, r, features)
+
+    def _conditions(self, y: Tensor | list[str]) -> tuple[Tensor, Tensor]:
+        """Labels, or features of captions, and their null condition."""
+        if self.text is None:
+            y = self._to_device(y)
+            return y, self.model.null_condition(len(y))
+        # Inputs of a recorded step are of one size.
+        return self.text.with_null(y, self.text.max_tokens if self.static else None)
 
     def _to_device(self, tensor: Tensor) -> Tensor:
         if self.device.type != "cuda" or tensor.is_cuda:

@@ -127,6 +127,20 @@ class TextEncoder:
         with _padding_out_of_attention(self.model, mask):
             return self.model(input_ids=ids, attention_mask=mask).last_hidden_state
 
+    def with_null(
+        self, captions: Sequence[str], tokens: int | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Features [B, M, K] of captions, and of as many empty ones.
+
+        Captions that occur more than once are encoded once.
+        """
+        different = list(dict.fromkeys([*captions, ""]))
+        features = self(different, tokens)
+        index = {caption: i for i, caption in enumerate(different)}
+        chosen = torch.tensor([index[caption] for caption in captions], device=features.device)
+        null = features[index[""]].expand(len(captions), -1, -1)
+        return features[chosen], null
+
     def null(self, batch: int, tokens: int) -> Tensor:
         """Features [batch, tokens, K] of the empty caption, the null condition of guidance."""
         return self([""], tokens).expand(batch, -1, -1)

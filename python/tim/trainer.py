@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from tim import conditions
 from tim.checkpoint import (
     latest_checkpoint,
     load_checkpoint,
@@ -27,6 +28,7 @@ from tim.checkpoint import (
 )
 from tim.config import RunConfig, differences
 from tim.data import Batch, BatchOrder, Dataset, batches, build_dataset
+from tim.data.latents import LatentShards
 from tim.ema import EMA
 from tim.graphs import check_device
 from tim.grid import image_grid, pixels_of, save_picture
@@ -34,12 +36,13 @@ from tim.models import TiM
 from tim.run_log import RunLog, peak_memory_gb
 from tim.sampler import sample
 from tim.step import VALUES, TrainingStep, learning_rate
+from tim.text import TextEncoder
 
 #: What a resumed run may change: it does not enter the arithmetic of the steps already taken.
 CHANGEABLE = (
     "train.steps", "train.checkpoint_every", "train.keep", "train.log_every", "train.sample_every",
     "train.tensorboard", "train.max_bad_steps", "train.device", "train.gradient_checkpointing",
-    "train.cuda_graph", "sample.", "data.path", "data.workers", "data.cache_gb",
+    "train.cuda_graph", "sample.", "data.path", "data.workers", "data.cache_gb", "data.vae",
 )  # fmt: skip
 #: Most steps between two reads of the device.
 READ_EVERY = 50
@@ -54,7 +57,8 @@ class Trainer:
 
     A run directory holds config.yaml, log.jsonl, checkpoints/ and samples/. `dataset` replaces the
     one that `config.data` describes. `encoder(x, y)` gives the features [B, N, z_dim] for the
-    projection loss where the data set does not bring them.
+    projection loss where the data set does not bring them, `text` those of captions; by default
+    they are what `config.data` names.
 
     Raises:
         FileExistsError: `run` holds a run already and `resume` is not set.
@@ -70,6 +74,7 @@ class Trainer:
         resume: bool = False,
         dataset: Dataset | None = None,
         encoder: Callable[[Tensor, Tensor], Tensor] | None = None,
+        text: TextEncoder | None = None,
     ):
         self.run = Path(run)
         saved = self.run / "config.yaml"
@@ -77,8 +82,6 @@ class Trainer:
             raise FileExistsError(f"{self.run} holds a run: resume it, or take another directory")
         if not saved.exists() and self.run.exists() and any(self.run.iterdir()):
             raise FileExistsError(f"{self.run} is not empty and holds no run: take another")
-        if config.model.num_classes is None:
-            raise ValueError("the trainer needs a class model so far, got a text model")
         self.dataset = dataset if dataset is not None else build_dataset(config.data)
         config = _fit_to_data(config, self.dataset)
         if saved.exists():
@@ -89,12 +92,15 @@ class Trainer:
         self.device = pick_device(train.device)
         if train.cuda_graph:
             check_device(self.device, "train.cuda_graph")
+        self.text = text or conditions.text_encoder(config, self.device)
+        encoder = encoder or conditions.feature_encoder(config, self.device)
+        conditions.check(config, self.dataset, self.text, encoder, self.device)
         seed_everything(train.seed)
         self.model = TiM(config.model).to(self.device)
         self.model.gradient_checkpointing = train.gradient_checkpointing
         self.ema = EMA(self.model)
         loss = config.objective.build(config.transport.build())
-        self.training_step = TrainingStep(self.model, self.ema, loss, config, encoder)
+        self.training_step = TrainingStep(self.model, self.ema, loss, config, encoder, self.text)
         self.parameters = self.training_step.parameters
         self.optimizer = self.training_step.optimizer
         self.order = BatchOrder(len(self.dataset), train.batch_size, train.seed)
@@ -229,9 +235,9 @@ class Trainer:
 
     def _sample(self, log: RunLog) -> None:
         config = self.config.sample
-        classes = [i % self.config.model.num_classes for i in range(config.columns)]
+        shown = conditions.shown(self.config, self.dataset)
         try:
-            pictures = sample_rows(self.ema.model, self.config, classes, self.device)
+            pictures = sample_rows(self.ema.model, self.config, shown, self.device, self.text)
             rows = [self.dataset.decode(x) for x in pictures]
         except ValueError as error:
             log.note(f"no sample grid: {error}")
@@ -271,12 +277,20 @@ class _Meter:
 
 
 def sample_rows(
-    model: TiM, config: RunConfig, classes: list[int], device: torch.device
+    model: TiM,
+    config: RunConfig,
+    shown: list[int] | list[str],
+    device: torch.device,
+    text: TextEncoder | None = None,
 ) -> list[Tensor]:
-    """Samples [len(classes), C, H, W] for each entry of `sample.steps`, all from the same noise."""
+    """Samples [B, C, H, W] of B classes, or of B prompts that `text` encodes, for each entry of
+    `sample.steps`, all from the same noise."""
     settings = config.sample
-    y = torch.tensor(classes, device=device)
-    shape = (len(classes), config.model.in_channels, *[config.model.input_size] * 2)
+    if text is None:
+        y, null = torch.tensor(shown, device=device), model.null_condition(len(shown))
+    else:
+        y, null = text.with_null(shown)
+    shape = (len(shown), config.model.in_channels, *[config.model.input_size] * 2)
     # Drawn on the CPU, so that a seed means the same pictures on every device.
     noise = torch.randn(shape, generator=torch.Generator().manual_seed(settings.seed)).to(device)
     return [
@@ -288,7 +302,7 @@ def sample_rows(
             transport=config.transport.build(),
             cfg_scale=settings.cfg_scale,
             cfg_interval=settings.cfg_interval,
-            null=model.null_condition(len(classes)),
+            null=null,
             **config.objective.schedule(*shape[2:]),
         )
         for steps in settings.steps
@@ -327,8 +341,11 @@ def _fit_to_data(config: RunConfig, dataset: Dataset) -> RunConfig:
             "the data must have shape [C, H, W] = [model.in_channels, model.input_size, "
             f"model.input_size] = {list(expected)}, got {list(dataset.shape)}"
         )
-    classes = max(model.num_classes or 0, dataset.num_classes)
     if data.path is not None:
         data = dataclasses.replace(data, path=str(Path(data.path).absolute()))
-    model = dataclasses.replace(model, num_classes=classes)
+    if isinstance(dataset, LatentShards) and data.vae is None:
+        data = dataclasses.replace(data, vae=dataset.index.vae)
+    if model.num_classes is not None:
+        classes = max(model.num_classes, dataset.num_classes)
+        model = dataclasses.replace(model, num_classes=classes)
     return dataclasses.replace(config, model=model, data=data)

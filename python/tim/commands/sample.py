@@ -191,9 +191,10 @@ def _rows_of_pipeline(
 def _condition(command: Sample, settings: SampleConfig, pipe: TiMPipeline) -> dict[str, object]:
     classes = pipe.network.config.num_classes
     if classes is None:
-        if not command.prompt or command.classes:
+        prompts = list(command.prompt or settings.prompts)
+        if not prompts or command.classes:
             raise ValueError(f"{command.source} is a text model: give --prompt and no --classes")
-        return {"prompt": list(command.prompt), "negative_prompt": command.negative_prompt}
+        return {"prompt": prompts, "negative_prompt": command.negative_prompt}
     if command.prompt or command.negative_prompt:
         raise ValueError(f"{command.source} takes class labels: give --classes and no prompts")
     return {"class_labels": list(command.classes or [i % classes for i in range(settings.columns)])}

@@ -5,6 +5,7 @@ Every data set is a `Dataset`; which images a step sees is `BatchOrder`'s busine
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tim.data.dataset import ArrayDataset, Batch, Dataset, to_float, to_uint8
@@ -51,6 +52,17 @@ def build_dataset(config: DataConfig, split: str = "train") -> Dataset:
         from tim.data.latents import open_latents
 
         return open_latents(config.path, config.flip)
+    if config.captions or any(Path(config.path).glob("*.tar")) or config.path.endswith(".tar"):
+        from tim.data.images import ImageDataset
+
+        return ImageDataset(
+            config.path,
+            config.image_size,
+            config.channels,
+            config.flip,
+            config.workers,
+            config.captions,
+        )
     from tim.data.folder import GIGABYTE, FolderDataset
 
     return FolderDataset(

@@ -10,11 +10,11 @@ from torch import Tensor
 
 
 class Batch(NamedTuple):
-    """Model input `x` [B, C, H, W] float32, labels `y` [B] int64, and for the projection loss
-    features [B, N, z_dim] of an image encoder, or None."""
+    """Model input `x` [B, C, H, W] float32, labels `y` [B] int64 or a list of captions, and for
+    the projection loss features [B, N, z_dim] of an image encoder, or None."""
 
     x: Tensor
-    y: Tensor
+    y: Tensor | list[str]
     features: Tensor | None = None
 
 
@@ -29,6 +29,8 @@ class Dataset:
     num_classes: int
     #: Batches worth preparing ahead in a background thread: 0 for data that are in memory.
     prefetch: int = 0
+    #: Whether batches bring captions in place of labels.
+    captioned: bool = False
 
     def __len__(self) -> int:
         raise NotImplementedError

@@ -8,9 +8,10 @@ from pathlib import Path
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
-from tim.data.dataset import Batch, Dataset
+from tim.autoencoder import decode, load_autoencoder
+from tim.data.dataset import Batch, Dataset, to_uint8
 from tim.data.shards import INDEX_FILE, Index, read_about, shard_path
 
 EVERY_ROW = slice(None)
@@ -46,7 +47,9 @@ class LatentShards(Dataset):
     def __init__(self, path: str | Path, flip: float = 0.5) -> None:
         self.path, self.flip = Path(path), flip
         self.index = Index.load(self.path)
+        self.captioned = self.index.captions is not None
         self._files, self._captions = [], []
+        self._vae: nn.Module | None = None
         places: list[tuple[int, int, int]] = []  # shard, size, row
         self.sizes: list[tuple[int, int]] = []
         for number in range(self.index.shards):
@@ -78,11 +81,6 @@ class LatentShards(Dataset):
             sizes = ", ".join(f"{h}x{w}" for h, w in self.sizes)
             raise ValueError(f"{self.path} holds latents of several sizes: {sizes}")
         return self.index.channels, *self.sizes[0]
-
-    @property
-    def captioned(self) -> bool:
-        """Whether `y` of a batch is a list of captions instead of labels."""
-        return self.index.captions is not None
 
     def __len__(self) -> int:
         return len(self._places)
@@ -119,7 +117,20 @@ class LatentShards(Dataset):
         )
 
     def decode(self, x: Tensor) -> Tensor:
-        raise ValueError("latents are no pictures: tim sample decodes them")
+        """Pictures of latents, by the autoencoder that encoded them.
+
+        Raises ValueError when it cannot be had.
+        """
+        if self._vae is None:
+            try:
+                self._vae = load_autoencoder(self.index.vae)
+            except ImportError as error:
+                raise ValueError(str(error)) from None
+        self._vae.to(x.device)
+        try:
+            return to_uint8(decode(self._vae, x))
+        finally:
+            self._vae.to("cpu")
 
 
 def _entry(file: safe_open, name: str, row: int, side: int) -> Tensor:
