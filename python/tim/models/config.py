@@ -8,6 +8,7 @@ from typing import Any, Literal, get_args
 
 Condition = Literal["t-r", "r", "t,r", "t,t-r", "r,t-r", "t,r,t-r"]
 RopeGrid = Literal["spatial", "released"]
+RopeScaling = Literal["none", "linear", "ntk-aware", "ntk-by-parts", "yarn"]
 
 #: What the public implementation assumes where a YAML says nothing and our own default differs.
 _RELEASED_DEFAULTS: dict[str, Any] = {
@@ -65,12 +66,18 @@ class TiMConfig:
     """Inner width of the projection head."""
     rope_grid: RopeGrid = "spatial"
     """Token positions on non-square grids: (column, row), or the released code's enumeration."""
+    rope_scaling: RopeScaling = "none"
+    """Change of the position frequencies on grids larger than those trained on."""
+    rope_train_size: int | None = None
+    """Tokens of the training images along a side. None: input_size / patch_size."""
+    rope_decouple: bool = False
+    """Scale each axis by its own side instead of the longer one."""
 
     def __post_init__(self) -> None:
         for name in ("input_size", "patch_size", "in_channels", "hidden_size", "depth", "num_heads",
                      "encoder_depth", "projector_dim"):  # fmt: skip
             _check_count(name, getattr(self, name))
-        for name in ("num_classes", "cap_feat_dim", "lora_hidden_size", "z_dim"):
+        for name in ("num_classes", "cap_feat_dim", "lora_hidden_size", "z_dim", "rope_train_size"):
             if getattr(self, name) is not None:
                 _check_count(name, getattr(self, name))
         if (self.num_classes is None) == (self.cap_feat_dim is None):
@@ -99,7 +106,11 @@ class TiMConfig:
             )
         if not 0 <= self.class_dropout_prob < 1:
             raise ValueError(f"class_dropout_prob must be in [0, 1), got {self.class_dropout_prob}")
-        for name, choices in (("new_condition", Condition), ("rope_grid", RopeGrid)):
+        for name, choices in (
+            ("new_condition", Condition),
+            ("rope_grid", RopeGrid),
+            ("rope_scaling", RopeScaling),
+        ):
             if getattr(self, name) not in get_args(choices):
                 known = ", ".join(map(repr, get_args(choices)))
                 raise ValueError(f"{name} must be one of {known}, got {getattr(self, name)!r}")

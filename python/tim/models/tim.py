@@ -155,7 +155,10 @@ class TiM(
         else:
             condition = pairs.add(condition, self.y_embedder(y)[:, None])
         rope = rope_tables(
-            rows, columns, config.head_dim, config.rope_grid, device=_values(x).device,
+            rows, columns, config.head_dim, config.rope_grid,
+            scaling=config.rope_scaling, decouple=config.rope_decouple,
+            train_size=config.rope_train_size or config.input_size // config.patch_size,
+            device=_values(x).device,
             dtype=torch.promote_types(_values(tokens).dtype, torch.float32),
         )  # fmt: skip
 
