@@ -1,5 +1,6 @@
 """`tim info`."""
 
+import pytest
 import torch
 
 import tim.info as info
@@ -59,3 +60,12 @@ def test_operations_without_the_extension(monkeypatch) -> None:
     monkeypatch.setattr(ops, "available", lambda: {"swiglu": ()})
     expected = [f"PyTorch ({device} kernels not built)" for device in ("cpu", "cuda")]
     assert info.operations() == [("swiglu", *expected)]
+
+
+def test_memory_of_a_preset(capsys) -> None:
+    assert info.main(["--preset", "digits", "--batch", "16", "--ranks", "2"]) == 0
+    told = capsys.readouterr().out
+    assert "16 images a step on 2 ranks" in told and "fsdp" in told and "gradients" in told
+    for wrong in ("--batch=0", "--batch=15", "--ranks=0"):
+        with pytest.raises(ValueError, match=r"at least 1|multiple"):
+            info.main(["--preset", "digits", "--ranks", "2", wrong])

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.metadata
 import os
 import platform
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from tim.config import RunConfig
 
 PACKAGES = ("torch", "numpy", "safetensors", "huggingface-hub", "tyro", "tensorboard", "diffusers")
 
@@ -16,20 +21,53 @@ class Info:
 
     ops: bool = False
     """Only the table of operations: which run on a compiled kernel, and why not the others."""
+    preset: str | None = None
+    """Only the memory that training this preset needs on each rank, by estimate."""
+    batch: int | None = None
+    """Images of a step, over all ranks; by default the preset's (with --preset)."""
+    ranks: int = 1
+    """Processes that train together (with --preset)."""
 
 
 def main(arguments: list[str]) -> int:
     from rich.console import Console
 
+    from tim import memory
     from tim.cli import parse
 
     command = parse(Info, "tim info", arguments)
     console = Console(soft_wrap=True)
+    if command.preset is not None:
+        config = _preset(command)
+        headings, *rows = memory.table(config, command.ranks)
+        console.print(
+            f"{command.preset}, {config.train.batch_size} images a step on {command.ranks} "
+            f"rank{'s' * (command.ranks > 1)}, {config.train.precision}: GB on each rank"
+        )
+        console.print(_table(headings, rows))
+        console.print(
+            "* activations recomputed (--train.gradient-checkpointing)\n"
+            "Not counted: CUDA context, buffers of cuBLAS and NCCL, what the allocator cannot use, "
+            "encoders of captions and features."
+        )
+        return 0
     if not command.ops:
         console.print(_table(("", ""), facts()))
         console.print()
     console.print(_table(("operation", "cpu", "cuda"), operations()))
     return 0
+
+
+def _preset(command: Info) -> RunConfig:
+    from tim import presets
+
+    config = presets.get(command.preset)
+    if command.batch is None:
+        return config
+    if command.batch < 1:
+        raise ValueError(f"--batch must be at least 1, got {command.batch}")
+    train = dataclasses.replace(config.train, batch_size=command.batch)
+    return dataclasses.replace(config, train=train)
 
 
 def facts() -> list[tuple[str, str]]:
