@@ -1,7 +1,10 @@
 #include "../math/adaln.h"
 
+#include <type_traits>
+
 #include "kernel.h"
 #include "rows.h"
+#include "vector.h"
 
 namespace tim::cpu::TIM_ISA {
 namespace {
@@ -10,6 +13,32 @@ struct Size {
     int64_t batch, tokens, channels;
 };
 
+// Tokens are worked on in groups: their sums do not wait for each other, and what belongs to a
+// channel is loaded once for the group. Calls body(first, count) for the groups of the tokens
+// begin .. end - 1; `count` is a constant, `group` or 1.
+template <int group, class Body>
+void for_groups(int64_t begin, int64_t end, const Body& body) {
+    int64_t i = begin;
+    for (; i + group <= end; i += group) body(i, std::integral_constant<int, group>{});
+    for (; i < end; ++i) body(i, std::integral_constant<int, 1>{});
+}
+
+// Calls body(first, sample, count) for groups of tokens of one sample, on all threads.
+template <int group, class Body>
+void parallel_groups(Size size, int64_t threads, const Body& body) {
+    const int64_t tokens = size.batch * size.tokens;
+    parallel_for(tokens, size.channels, threads, [&](int64_t begin, int64_t end, int64_t) {
+        while (begin < end) {
+            const int64_t sample = begin / size.tokens;
+            const int64_t next = (sample + 1) * size.tokens;
+            const int64_t stop = next < end ? next : end;
+            for_groups<group>(begin, stop,
+                              [&](int64_t first, auto count) { body(first, sample, count); });
+            begin = stop;
+        }
+    });
+}
+
 inline void save(float* values, int64_t row, float value) {
     if (values != nullptr) values[row] = value;
 }
@@ -17,75 +46,119 @@ inline void save(float* values, int64_t row, float value) {
 template <bool gated, class T>
 void forward(const T* xs, const T* ys, Rows<T> gates, Rows<T> shifts, Rows<T> scales, T* hs,
              T* outs, float* means, float* rstds, Size size, float eps, int64_t threads) {
+    constexpr int kGroup = 8;
     const int64_t n = size.channels;
-    const Scratch scratch(threads * n);
-    parallel_for(size.batch * size.tokens, n, threads, [&](int64_t begin, int64_t end, int64_t id) {
-        float* const row = scratch.data + id * n;
-        for (int64_t token = begin; token < end; ++token) {
-            const int64_t sample = token / size.tokens;
-            const T* x = xs + token * n;
-            const T* y = gated ? ys + token * n : nullptr;
-            const T* gate = gated ? row_of(gates, sample) : nullptr;
-            T* h = gated ? hs + token * n : nullptr;
-            float sum = 0.0f;
-#pragma omp simd reduction(+ : sum)
-            for (int64_t i = 0; i < n; ++i) {
-                float value = load(x + i);
-                if (gated) {
-                    store(h + i, math::gated_residual(value, load(gate + i), load(y + i)));
-                    value = load(h + i);
+    parallel_groups<kGroup>(size, threads, [&](int64_t first, int64_t sample, auto count) {
+        const T* x = xs + first * n;
+        const T* row = x;  // what the norm is taken of
+        Vector sums[count];
+        for (int t = 0; t < count; ++t) sums[t] = 0.0f;
+        if constexpr (gated) {
+            const T* y = ys + first * n;
+            const T* gate = row_of(gates, sample);
+            T* h = hs + first * n;
+            row = h;
+            sweep(n, [&](int64_t i, auto extent) {
+                const Vector gate_i = load(gate + i, extent);
+                for (int t = 0; t < count; ++t) {
+                    const int64_t at = t * n + i;
+                    sums[t] += store_rounded(
+                        h + at,
+                        math::gated_residual(load(x + at, extent), gate_i, load(y + at, extent)),
+                        extent);
                 }
-                row[i] = value;
-                sum += value;
-            }
-            const float mean = sum / n;
-            const float rstd = math::inverse_std(centred_squares(row, n, mean), n, eps);
-            save(means, token, mean);
-            save(rstds, token, rstd);
-            const T* scale = row_of(scales, sample);
-            const T* shift = row_of(shifts, sample);
-            T* out = outs + token * n;
-#pragma omp simd
-            for (int64_t i = 0; i < n; ++i) {
-                const float xhat = math::normalise(row[i], mean, rstd);
-                store(out + i, math::modulate(xhat, load(scale + i), load(shift + i)));
-            }
+            });
+        } else {
+            sweep(n, [&](int64_t i, auto extent) {
+                for (int t = 0; t < count; ++t) sums[t] += load(x + t * n + i, extent);
+            });
         }
+        float mean[count], rstd[count];
+        Vector squares[count];
+        for (int t = 0; t < count; ++t) {
+            mean[t] = sum(sums[t]) / float(n);
+            squares[t] = 0.0f;
+        }
+        sweep(n, [&](int64_t i, auto extent) {
+            for (int t = 0; t < count; ++t) {
+                const Vector d = keep<T>(load(row + t * n + i, extent) - mean[t], extent);
+                squares[t] += d * d;
+            }
+        });
+        for (int t = 0; t < count; ++t) {
+            rstd[t] = math::inverse_std(sum(squares[t]), float(n), eps);
+            save(means, first + t, mean[t]);
+            save(rstds, first + t, rstd[t]);
+        }
+        const T* scale = row_of(scales, sample);
+        const T* shift = row_of(shifts, sample);
+        T* out = outs + first * n;
+        sweep(n, [&](int64_t i, auto extent) {
+            const Vector scale_i = load(scale + i, extent), shift_i = load(shift + i, extent);
+            for (int t = 0; t < count; ++t) {
+                const int64_t at = t * n + i;
+                const Vector xhat =
+                    math::normalise<Vector>(load(row + at, extent), mean[t], rstd[t]);
+                store(out + at, math::modulate(xhat, scale_i, shift_i), extent);
+            }
+        });
     });
 }
 
-// The gradients of one token; what it adds to dshift, dscale and dgate goes into `sums` [3, C].
-template <bool gated, class T>
-void backward_token(const T* dout, const T* dres, const T* h, const T* y, const T* gate,
-                    const T* scale, float mean, float rstd, T* dx, T* dy, float* sums, int64_t n) {
-    float* const dshift = sums;
-    float* const dscale = sums + n;
-    float* const dgate = sums + 2 * n;
-    float sum = 0.0f, sum_xhat = 0.0f;
-#pragma omp simd reduction(+ : sum, sum_xhat)
-    for (int64_t i = 0; i < n; ++i) {
-        const float d = load(dout + i);
-        const float xhat = math::normalise(load(h + i), mean, rstd);
-        const float g = math::modulate_gradient(d, load(scale + i));
-        sum += g;
-        sum_xhat += g * xhat;
-        dshift[i] += d;
-        dscale[i] += d * xhat;
-    }
-    const float mean_g = sum / n, mean_xhat_g = sum_xhat / n;
-    // xhat and g once more from the first-level cache: storing them would be slower.
-#pragma omp simd
-    for (int64_t i = 0; i < n; ++i) {
-        const float xhat = math::normalise(load(h + i), mean, rstd);
-        const float g = math::modulate_gradient(load(dout + i), load(scale + i));
-        const float dh =
-            load(dres + i) + math::layer_norm_jacobian(g, xhat, mean_g, mean_xhat_g, rstd);
-        store(dx + i, dh);
-        if (gated) {
-            store(dy + i, load(gate + i) * dh);
-            dgate[i] += load(y + i) * dh;
+// The gradients of a group of tokens; what it adds to dshift, dscale and dgate goes into `sums`
+// [3, width], in the order of T's vectors.
+template <bool gated, class T, class Count>
+void backward_group(Count count, const T* dout, Rows<T> dres, const T* h, const T* y, const T* gate,
+                    const T* scale, const float* mean, const float* rstd, T* dx, T* dy, float* sums,
+                    int64_t n) {
+    const int64_t width = padded(n);
+    Vector sums_g[count], sums_xhat_g[count];
+    for (int t = 0; t < count; ++t) sums_g[t] = sums_xhat_g[t] = 0.0f;
+    sweep(n, [&](int64_t i, auto extent) {
+        const Vector scale_i = load(scale + i, extent);
+        for (int t = 0; t < count; ++t) {
+            const int64_t at = t * n + i;
+            const Vector xhat = math::normalise<Vector>(load(h + at, extent), mean[t], rstd[t]);
+            // Beyond the row's end dout is zero and xhat finite.
+            const Vector g = math::modulate_gradient(load(dout + at, extent), scale_i);
+            sums_g[t] += g;
+            sums_xhat_g[t] += g * xhat;
         }
+    });
+    float mean_g[count], mean_xhat_g[count];
+    for (int t = 0; t < count; ++t) {
+        mean_g[t] = sum(sums_g[t]) / float(n);
+        mean_xhat_g[t] = sum(sums_xhat_g[t]) / float(n);
     }
+    // xhat and g once more from the cache: storing them would be slower.
+    sweep(n, [&](int64_t i, auto extent) {
+        const Vector scale_i = load(scale + i, extent);
+        Vector dshift = load(sums + i, Whole{}), dscale = load(sums + width + i, Whole{});
+        Vector gate_i, dgate;
+        if constexpr (gated) {
+            gate_i = load(gate + i, extent);
+            dgate = load(sums + 2 * width + i, Whole{});
+        }
+        for (int t = 0; t < count; ++t) {
+            const int64_t at = t * n + i;
+            const Vector d = load(dout + at, extent);
+            const Vector xhat = math::normalise<Vector>(load(h + at, extent), mean[t], rstd[t]);
+            const Vector g = math::modulate_gradient(d, scale_i);
+            dshift += d;
+            dscale += d * xhat;
+            Vector dh =
+                math::layer_norm_jacobian<Vector>(g, xhat, mean_g[t], mean_xhat_g[t], rstd[t]);
+            if constexpr (gated) {
+                dh += load(row_of(dres, t) + i, extent);
+                store(dy + at, gate_i * dh, extent);
+                dgate += load(y + at, extent) * dh;
+            }
+            store(dx + at, dh, extent);
+        }
+        store(sums + i, dshift, Whole{});
+        store(sums + width + i, dscale, Whole{});
+        if constexpr (gated) store(sums + 2 * width + i, dgate, Whole{});
+    });
 }
 
 // Tokens whose contributions to dshift, dscale and dgate share a row of partial sums, see sum_rows.
@@ -95,34 +168,38 @@ template <bool gated, class T>
 void backward(const T* douts, Rows<T> dress, const T* hs, const T* ys, Rows<T> gates,
               Rows<T> scales, const float* means, const float* rstds, T* dxs, T* dys, T* dgates,
               T* dshifts, T* dscales, Size size, int64_t threads) {
-    const int64_t n = size.channels;
+    constexpr int kGroup = 4;
+    const int64_t n = size.channels, width = padded(n);
     const int64_t chunks = size.tokens > 0 ? ceil_div(size.tokens, kChunk) : 1;
-    const Scratch partial(size.batch * chunks * 3 * n);
+    const int64_t floats = (gated ? 3 : 2) * width;
+    const Scratch partial(size.batch * chunks * floats);
     parallel_for(
         size.batch * chunks, kChunk * n, threads, [&](int64_t begin, int64_t end, int64_t) {
             for (int64_t chunk = begin; chunk < end; ++chunk) {
-                float* const sums = partial.data + chunk * 3 * n;
-                fill_zero(sums, 3 * n);
+                float* const sums = partial.data + chunk * floats;
+                fill_zero(sums, floats);
                 const int64_t sample = chunk / chunks;
-                const int64_t first = chunk % chunks * kChunk;
-                const int64_t last = first + kChunk < size.tokens ? first + kChunk : size.tokens;
-                for (int64_t i = first; i < last; ++i) {
-                    const int64_t token = sample * size.tokens + i;
+                const int64_t from = sample * size.tokens + chunk % chunks * kChunk;
+                const int64_t next = (sample + 1) * size.tokens;
+                const int64_t to = from + kChunk < next ? from + kChunk : next;
+                for_groups<kGroup>(from, to, [&](int64_t token, auto count) {
                     const int64_t at = token * n;
-                    backward_token<gated>(
-                        douts + at, row_of(dress, token), hs + at, gated ? ys + at : nullptr,
-                        gated ? row_of(gates, sample) : nullptr, row_of(scales, sample),
-                        means[token], rstds[token], dxs + at, gated ? dys + at : nullptr, sums, n);
-                }
+                    const Rows<T> dres = rows_from(dress, token);
+                    backward_group<gated>(count, douts + at, dres, hs + at,
+                                          gated ? ys + at : nullptr,
+                                          gated ? row_of(gates, sample) : nullptr,
+                                          row_of(scales, sample), means + token, rstds + token,
+                                          dxs + at, gated ? dys + at : nullptr, sums, n);
+                });
             }
         });
-    parallel_for(size.batch, chunks * 3 * n, threads, [&](int64_t begin, int64_t end, int64_t) {
+    parallel_for(size.batch, chunks * floats, threads, [&](int64_t begin, int64_t end, int64_t) {
         for (int64_t sample = begin; sample < end; ++sample) {
-            float* const sums = partial.data + sample * chunks * 3 * n;
-            sum_rows(sums, chunks, 3 * n);
-            convert(dshifts + sample * n, sums, n);
-            convert(dscales + sample * n, sums + n, n);
-            if (gated) convert(dgates + sample * n, sums + 2 * n, n);
+            float* const sums = partial.data + sample * chunks * floats;
+            sum_rows(sums, chunks, floats);
+            write_row(dshifts + sample * n, sums, n);
+            write_row(dscales + sample * n, sums + width, n);
+            if (gated) write_row(dgates + sample * n, sums + 2 * width, n);
         }
     });
 }
@@ -131,73 +208,87 @@ template <bool gated, class T>
 void tangent(const T* xs, const T* ys, Rows<T> gates, Rows<T> shifts, Rows<T> scales, Rows<T> txs,
              Rows<T> tys, Rows<T> tgates, Rows<T> tshifts, Rows<T> tscales, T* hs, T* outs, T* ths,
              T* touts, float* means, float* rstds, Size size, float eps, int64_t threads) {
+    constexpr int kGroup = 4;
     const int64_t n = size.channels;
-    const Scratch scratch(threads * 2 * n);
-    parallel_for(size.batch * size.tokens, n, threads, [&](int64_t begin, int64_t end, int64_t id) {
-        float* const row = scratch.data + id * 2 * n;
-        float* const trow = row + n;
-        for (int64_t token = begin; token < end; ++token) {
-            const int64_t sample = token / size.tokens;
-            const T* x = xs + token * n;
-            const T* tx = row_of(txs, token);
-            float sum = 0.0f, tsum = 0.0f;
-            if (gated) {
-                const T* y = ys + token * n;
-                const T* ty = row_of(tys, token);
-                const T* gate = row_of(gates, sample);
-                const T* tgate = row_of(tgates, sample);
-                T* h = hs + token * n;
-                T* th = ths + token * n;
-#pragma omp simd reduction(+ : sum, tsum)
-                for (int64_t i = 0; i < n; ++i) {
-                    const float y_i = load(y + i), gate_i = load(gate + i);
-                    store(h + i, math::gated_residual(load(x + i), gate_i, y_i));
-                    const float t = math::gated_residual_tangent(load(tx + i), gate_i, y_i,
-                                                                 load(tgate + i), load(ty + i));
-                    store(th + i, t);
-                    row[i] = load(h + i);
-                    trow[i] = t;
-                    sum += row[i];
-                    tsum += t;
+    parallel_groups<kGroup>(size, threads, [&](int64_t first, int64_t sample, auto count) {
+        const T* x = xs + first * n;
+        const Rows<T> tx = rows_from(txs, first);
+        const T* row = x;  // what the norm is taken of, and its tangent
+        Rows<T> trow = tx;
+        Vector sums[count], tsums[count];
+        for (int t = 0; t < count; ++t) sums[t] = tsums[t] = 0.0f;
+        if constexpr (gated) {
+            const T* y = ys + first * n;
+            const Rows<T> ty = rows_from(tys, first);
+            const T* gate = row_of(gates, sample);
+            const T* tgate = row_of(tgates, sample);
+            T* h = hs + first * n;
+            T* th = ths + first * n;
+            row = h;
+            trow = {th, n};
+            sweep(n, [&](int64_t i, auto extent) {
+                const Vector gate_i = load(gate + i, extent), tgate_i = load(tgate + i, extent);
+                for (int t = 0; t < count; ++t) {
+                    const int64_t at = t * n + i;
+                    const Vector y_i = load(y + at, extent);
+                    sums[t] += store_rounded(
+                        h + at, math::gated_residual(load(x + at, extent), gate_i, y_i), extent);
+                    tsums[t] += store_rounded(
+                        th + at,
+                        math::gated_residual_tangent(load(row_of(tx, t) + i, extent), gate_i, y_i,
+                                                     tgate_i, load(row_of(ty, t) + i, extent)),
+                        extent);
                 }
-            } else {
-#pragma omp simd reduction(+ : sum, tsum)
-                for (int64_t i = 0; i < n; ++i) {
-                    row[i] = load(x + i);
-                    trow[i] = load(tx + i);
-                    sum += row[i];
-                    tsum += trow[i];
+            });
+        } else {
+            sweep(n, [&](int64_t i, auto extent) {
+                for (int t = 0; t < count; ++t) {
+                    sums[t] += load(x + t * n + i, extent);
+                    tsums[t] += load(row_of(tx, t) + i, extent);
                 }
-            }
-            const float mean = sum / n, tmean = tsum / n;
-            float squares = 0.0f, products = 0.0f;
-#pragma omp simd reduction(+ : squares, products)
-            for (int64_t i = 0; i < n; ++i) {
-                const float d = row[i] - mean;
-                squares += d * d;
-                products += d * (trow[i] - tmean);
-            }
-            const float rstd = math::inverse_std(squares, n, eps);
-            const float mean_xhat_t = products * rstd / n;
-            save(means, token, mean);
-            save(rstds, token, rstd);
-            const T* scale = row_of(scales, sample);
-            const T* shift = row_of(shifts, sample);
-            const T* tscale = row_of(tscales, sample);
-            const T* tshift = row_of(tshifts, sample);
-            T* out = outs + token * n;
-            T* tout = touts + token * n;
-#pragma omp simd
-            for (int64_t i = 0; i < n; ++i) {
-                const float xhat = math::normalise(row[i], mean, rstd);
-                const float txhat =
-                    math::layer_norm_jacobian(trow[i], xhat, tmean, mean_xhat_t, rstd);
-                const float scale_i = load(scale + i);
-                store(out + i, math::modulate(xhat, scale_i, load(shift + i)));
-                store(tout + i, math::modulate_tangent(xhat, txhat, scale_i, load(tscale + i),
-                                                       load(tshift + i)));
-            }
+            });
         }
+        float mean[count], tmean[count];
+        Vector squares[count], products[count];
+        for (int t = 0; t < count; ++t) {
+            mean[t] = sum(sums[t]) / float(n);
+            tmean[t] = sum(tsums[t]) / float(n);
+            squares[t] = products[t] = 0.0f;
+        }
+        sweep(n, [&](int64_t i, auto extent) {
+            for (int t = 0; t < count; ++t) {
+                const Vector d = keep<T>(load(row + t * n + i, extent) - mean[t], extent);
+                squares[t] += d * d;
+                products[t] += d * (load(row_of(trow, t) + i, extent) - tmean[t]);
+            }
+        });
+        float rstd[count], mean_xhat_t[count];
+        for (int t = 0; t < count; ++t) {
+            rstd[t] = math::inverse_std(sum(squares[t]), float(n), eps);
+            mean_xhat_t[t] = sum(products[t]) * rstd[t] / float(n);
+            save(means, first + t, mean[t]);
+            save(rstds, first + t, rstd[t]);
+        }
+        const T* scale = row_of(scales, sample);
+        const T* shift = row_of(shifts, sample);
+        const T* tscale = row_of(tscales, sample);
+        const T* tshift = row_of(tshifts, sample);
+        T* out = outs + first * n;
+        T* tout = touts + first * n;
+        sweep(n, [&](int64_t i, auto extent) {
+            const Vector scale_i = load(scale + i, extent), shift_i = load(shift + i, extent);
+            const Vector tscale_i = load(tscale + i, extent), tshift_i = load(tshift + i, extent);
+            for (int t = 0; t < count; ++t) {
+                const int64_t at = t * n + i;
+                const Vector xhat =
+                    math::normalise<Vector>(load(row + at, extent), mean[t], rstd[t]);
+                const Vector txhat = math::layer_norm_jacobian<Vector>(
+                    load(row_of(trow, t) + i, extent), xhat, tmean[t], mean_xhat_t[t], rstd[t]);
+                store(out + at, math::modulate(xhat, scale_i, shift_i), extent);
+                store(tout + at, math::modulate_tangent(xhat, txhat, scale_i, tscale_i, tshift_i),
+                      extent);
+            }
+        });
     });
 }
 

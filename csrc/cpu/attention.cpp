@@ -28,14 +28,14 @@ struct Block {
         *sum;      // largest score so far and sum of weights relative to it; given: lse and about 1
     float* t_sum;  // sum of the tangents of the scores, weighted
 
-    int64_t queries() const { return vectors * kLanes; }
+    int64_t queries() const { return vectors * kRegister; }
 };
 
 // Scores become weights, and tangents of scores the products with them, in place. Adds to the sums.
 // Of pairs, two rows become one.
 template <bool pairs, int vectors, bool moving>
 void weigh(float* scores, float* t_scores, int64_t keys, float scale, const Block& block) {
-    constexpr int kQueries = vectors * kLanes;
+    constexpr int kQueries = vectors * kRegister;
     float sum[kQueries] = {}, t_sum[kQueries] = {};
     const float* lse = block.lse;
     if constexpr (pairs) {
@@ -89,7 +89,7 @@ void weigh(float* scores, float* t_scores, int64_t keys, float scale, const Bloc
 template <int vectors>
 void rescale(const float* scores, int64_t keys, float scale, int64_t depth, bool first,
              const Block& block) {
-    constexpr int kQueries = vectors * kLanes;
+    constexpr int kQueries = vectors * kRegister;
     float top[kQueries], factor[kQueries];
 #pragma omp simd
     for (int i = 0; i < kQueries; ++i) top[i] = -INFINITY;
@@ -191,11 +191,11 @@ class Worker {
     }
 
     void start() {
-        const int64_t vectors = ceil_div(task_.rows, kLanes);
+        const int64_t vectors = ceil_div(task_.rows, kRegister);
         count_ = ceil_div(vectors, kRegisterVectors);
         for (int64_t i = 0; i < count_; ++i) {
             Block& block = blocks_[i];
-            block.first = i * vectors / count_ * kLanes;
+            block.first = i * vectors / count_ * kRegister;
             block.vectors = (i + 1) * vectors / count_ - i * vectors / count_;
             const int64_t left = task_.rows - block.first;
             block.count = left < block.queries() ? left : block.queries();
@@ -263,19 +263,21 @@ class Worker {
     void scores(const float* keys, const float* queries, float scale, float* to) {
         const int64_t length = words<T>(depths_.depth);
         multiply<kPairs, vectors, into>({keys, length, 1}, round_up(tile_, kRegisterRows),
-                                        {queries, vectors * kLanes}, length, scale, to,
-                                        vectors * kLanes);
+                                        {queries, vectors * kRegister}, length, scale, to,
+                                        vectors * kRegister);
     }
 
     template <int vectors>
     void sums(const float* values, const float* weights, float* to, bool add) {
         const Left left{values, 1, depths_.depth};
         if (add) {
-            multiply<kPairs, vectors, Into::kAdd>(left, depths_.depth, {weights, vectors * kLanes},
-                                                  sum_length_, 1.0f, to, vectors * kLanes);
+            multiply<kPairs, vectors, Into::kAdd>(left, depths_.depth,
+                                                  {weights, vectors * kRegister}, sum_length_, 1.0f,
+                                                  to, vectors * kRegister);
         } else {
-            multiply<kPairs, vectors, Into::kSet>(left, depths_.depth, {weights, vectors * kLanes},
-                                                  sum_length_, 1.0f, to, vectors * kLanes);
+            multiply<kPairs, vectors, Into::kSet>(left, depths_.depth,
+                                                  {weights, vectors * kRegister}, sum_length_, 1.0f,
+                                                  to, vectors * kRegister);
         }
     }
 

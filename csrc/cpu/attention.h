@@ -7,13 +7,13 @@
 #pragma once
 
 #include "../math/attention.h"
-#include "vector.h"
+#include "multiply.h"
 
 namespace tim::cpu::TIM_ISA {
 namespace {
 
 // Queries of a block, keys of a tile, queries that share one packing of the keys.
-constexpr int64_t kBlockQueries = kRegisterVectors * kLanes;
+constexpr int64_t kBlockQueries = kRegisterVectors * kRegister;
 constexpr int64_t kTileKeys = 128;
 constexpr int64_t kAhead = 12;
 constexpr int64_t kGroupQueries = 4 * kBlockQueries < 192 ? 192 : 4 * kBlockQueries;
@@ -77,7 +77,7 @@ void for_tasks(const Shape& shape, int64_t group, int64_t begin, int64_t end, co
         const int64_t parts = ceil_div(whole.rows, group);
         const int64_t next = index + parts * shape.heads;
         // Parts of about equal size, in whole vectors.
-        const int64_t size = parts == 0 ? 0 : round_up(ceil_div(whole.rows, parts), kLanes);
+        const int64_t size = parts == 0 ? 0 : round_up(ceil_div(whole.rows, parts), kRegister);
         for (int64_t i = begin > index ? begin : index; i < (end < next ? end : next); ++i) {
             const int64_t start = (i - index) % parts * size;
             Task task = whole;
@@ -93,7 +93,7 @@ void for_tasks(const Shape& shape, int64_t group, int64_t begin, int64_t end, co
 // Queries of a task: many share the packing of keys, few keep all threads busy.
 inline int64_t group_size(const Shape& shape, int64_t threads) {
     const int64_t queries = shape.batch * shape.n * shape.heads;
-    const int64_t fair = round_up(ceil_div(queries, 4 * threads), kLanes);
+    const int64_t fair = round_up(ceil_div(queries, 4 * threads), kRegister);
     return fair < kBlockQueries ? kBlockQueries : fair < kGroupQueries ? fair : kGroupQueries;
 }
 
@@ -102,7 +102,7 @@ struct Depths {
     explicit Depths(int64_t head_dim)
         : head_dim(head_dim),
           depth(round_up(head_dim, kDepthUnit)),
-          padded(round_up(depth, kLanes)) {}
+          padded(round_up(depth, kRegister)) {}
 
     int64_t head_dim, depth, padded;
 };
@@ -125,10 +125,10 @@ inline uint32_t pair(BFloat16 low, BFloat16 high) {
 // words = pairs of neighbours of x [count], a zero beside an odd last one.
 inline void copy_pairs(float* words, const BFloat16* x, int64_t count) {
     int64_t i = 0;
-    for (; i + 2 * kLanes <= count; i += 2 * kLanes) {
-        Vector whole;
+    for (; i + 2 * kRegister <= count; i += 2 * kRegister) {
+        Register whole;
         __builtin_memcpy(&whole, x + i, sizeof(whole));
-        store_vector(words + i / 2, whole);
+        store_register(words + i / 2, whole);
     }
     for (; i < count; i += 2)
         words[i / 2] = math::from_bits(pair(x[i], i + 1 < count ? x[i + 1] : BFloat16{0}));
@@ -187,8 +187,8 @@ int64_t pack_sum(const T* x, int64_t stride, int64_t count, int64_t columns, flo
 template <class T>
 void pack_transposed(const T* x, int64_t stride, int64_t count, int64_t vectors,
                      const Depths& depths, float* to, float* staging) {
-    const int64_t queries = vectors * kLanes;
-    const int64_t width = round_up(words<T>(depths.depth), kLanes);
+    const int64_t queries = vectors * kRegister;
+    const int64_t width = round_up(words<T>(depths.depth), kRegister);
     pack_rows(x, stride, count, queries, depths.head_dim, staging, width);
     transpose(staging, width, queries, width, to, queries);
 }
@@ -201,10 +201,10 @@ void store_pairs(float* to, const float* low, const float* high) {
     const __m512i order =
         _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6,
                          21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
-    for (int i = 0; i < count; i += kLanes) {
+    for (int i = 0; i < count; i += kRegister) {
         const __m512bh both =
-            _mm512_cvtne2ps_pbh(__m512(load_vector(high + i)), __m512(load_vector(low + i)));
-        store_vector(to + i, Vector(_mm512_permutexvar_epi16(order, __m512i(both))));
+            _mm512_cvtne2ps_pbh(__m512(load_register(high + i)), __m512(load_register(low + i)));
+        store_register(to + i, Register(_mm512_permutexvar_epi16(order, __m512i(both))));
     }
 #else
     for (int i = 0; i < count; ++i) {
@@ -220,8 +220,8 @@ void store_pairs(float* to, const float* low, const float* high) {
 template <int count>
 void store_row(BFloat16* to, const float* x) {
 #ifdef __AVX512BF16__
-    for (int i = 0; i < count; i += kLanes) {
-        const __m256bh row = _mm512_cvtneps_pbh(__m512(load_vector(x + i)));
+    for (int i = 0; i < count; i += kRegister) {
+        const __m256bh row = _mm512_cvtneps_pbh(__m512(load_register(x + i)));
         __builtin_memcpy(to + i, &row, sizeof(row));
     }
 #else

@@ -22,7 +22,7 @@ struct Block {
     float* dq;                  // [D][queries]
     float *lse, *delta;
 
-    int64_t queries() const { return vectors * kLanes; }
+    int64_t queries() const { return vectors * kRegister; }
 };
 
 // One thread's memory and loops: one head of one sequence at a time, so that the gradients of its
@@ -107,13 +107,13 @@ class Worker {
 
     void start(int64_t row) {
         const int64_t rows = task_.rows - row < kGroupQueries ? task_.rows - row : kGroupQueries;
-        const int64_t vectors = ceil_div(rows, kLanes);
+        const int64_t vectors = ceil_div(rows, kRegister);
         count_ = ceil_div(vectors, kRegisterVectors);
         for (int64_t i = 0; i < count_; ++i) {
             Block& block = blocks_[i];
             const int64_t first = i * vectors / count_;
             block.vectors = (i + 1) * vectors / count_ - first;
-            block.first = row + first * kLanes;
+            block.first = row + first * kRegister;
             const int64_t left = task_.rows - block.first;
             block.count = left < block.queries() ? left : block.queries();
             const T* q = first_query(g_.q, task_) + block.first * g_.q.strides.token;
@@ -157,7 +157,7 @@ class Worker {
 
     template <int vectors>
     void add_tile(const Block& block, int64_t key) {
-        constexpr int64_t kQueries = vectors * kLanes;
+        constexpr int64_t kQueries = vectors * kRegister;
         const int64_t length = words<T>(depths_.depth);
         multiply<kPairs, vectors, Into::kSet>({keys_, length, 1}, tile_rows_, {block.q, kQueries},
                                               length, 1.0f, weights_, kQueries);
@@ -177,9 +177,9 @@ class Worker {
     // to[key][:] += sum over the block's queries of weights(key, query) rows[query][:].
     void add_rows(const float* weights, const Block& block, const float* rows, float* to) {
         const Left left{weights, words<T>(block.queries()), 1};
-        const int64_t all = depths_.padded / kLanes, parts = ceil_div(all, kRegisterVectors);
+        const int64_t all = depths_.padded / kRegister, parts = ceil_div(all, kRegisterVectors);
         for (int64_t part = 0; part < parts; ++part) {
-            const int64_t first = part * all / parts, column = first * kLanes;
+            const int64_t first = part * all / parts, column = first * kRegister;
             with_vectors((part + 1) * all / parts - first, [&](auto vectors) {
                 multiply<kPairs, decltype(vectors)::value, Into::kAdd>(
                     left, tile_rows_, {rows + column, depths_.padded}, numbers(block.count), 1.0f,
@@ -192,7 +192,7 @@ class Worker {
     // over keys, rows of queries for the sums over queries.
     template <int vectors>
     void weigh(const Block& block) {
-        constexpr int kQueries = vectors * kLanes;
+        constexpr int kQueries = vectors * kRegister;
         const float *lse = block.lse, *delta = block.delta;
         const float scale = g_.scale;
         if constexpr (kPairs) {

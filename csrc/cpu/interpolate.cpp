@@ -1,6 +1,7 @@
 #include "../math/interpolate.h"
 
 #include "kernel.h"
+#include "vector.h"
 
 namespace tim::cpu::TIM_ISA {
 namespace {
@@ -10,18 +11,17 @@ void forward(const T* xs, const T* zs, const float* coefficients, T* as, T* bs, 
              int64_t n, int64_t threads) {
     parallel_pieces(batch, n, threads, [=](int64_t sample, int64_t begin, int64_t end) {
         const float* c = coefficients + 4 * sample;
-        const float a_x = c[0], a_z = c[1], b_x = c[2], b_z = c[3];
+        const Vector a_x = c[0], a_z = c[1], b_x = c[2], b_z = c[3];
         const int64_t offset = sample * n + begin;
         const T* x = xs + offset;
         const T* z = zs + offset;
         T* a = as + offset;
         T* b = bs + offset;
-#pragma omp simd
-        for (int64_t i = 0; i < end - begin; ++i) {
-            const float x_i = load(x + i), z_i = load(z + i);
-            store(a + i, math::combine(a_x, x_i, a_z, z_i));
-            store(b + i, math::combine(b_x, x_i, b_z, z_i));
-        }
+        sweep(end - begin, [=](int64_t i, auto lanes) {
+            const Vector x_i = load(x + i, lanes), z_i = load(z + i, lanes);
+            store(a + i, math::combine(a_x, x_i, a_z, z_i), lanes);
+            store(b + i, math::combine(b_x, x_i, b_z, z_i), lanes);
+        });
     });
 }
 

@@ -22,7 +22,9 @@ using math::store;
 // Starting the threads costs some microseconds; below this many elements one thread is faster.
 constexpr int64_t kSerialElements = 16384;
 
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+constexpr int64_t round_up(int64_t n, int64_t unit) { return ceil_div(n, unit) * unit; }
 
 // Calls body with a value of the storage type that `dtype` names. Every kernel passes through here.
 template <class Body>

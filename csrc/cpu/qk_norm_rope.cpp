@@ -1,7 +1,10 @@
 #include "../math/qk_norm_rope.h"
 
+#include <type_traits>
+
 #include "kernel.h"
 #include "rows.h"
+#include "vector.h"
 
 namespace tim::cpu::TIM_ISA {
 namespace {
@@ -24,177 +27,173 @@ const T* token_of(Packed<T> qkv, int64_t token, int64_t tokens) {
     return qkv.data + sample * qkv.stride_b + (token - sample * tokens) * qkv.stride_n;
 }
 
-struct Tables {
+struct Angles {
     const float* cos;
     const float* sin;
 };
-
-inline Tables at(Tables tables, int64_t position, int64_t n) {
-    return {tables.cos + position * n, tables.sin + position * n};
-}
 
 struct Affine {
     const float* weight;
     const float* bias;
 };
 
-// The q and k rows of one token, 2 H of D values. Every step runs over all of them before the next
-// one starts: rows are short, and the latencies of one row's sums hide behind the other rows.
-struct Token {
-    int64_t rows, n;
-    float* x;       // values, later normalised
-    float* v;       // tangents or gradients
-    float* mean;    // per row
-    float* rstd;    // per row
-    float* mean_v;  // per row
-    float* mean_xhat_v;
+// What belongs to a channel, in scratch memory and split as vectors of pairs are: the angles of one
+// position, weight and bias of q and of k.
+class Tables {
+  public:
+    Tables(float* memory, int64_t n) : memory_(memory), n_(n) {}
 
-    static int64_t floats(Size size) { return 4 * size.heads * size.head_dim + 8 * size.heads; }
+    static int64_t floats(int64_t n) { return 6 * padded(n); }
 
-    Token(float* memory, Size size) : rows(2 * size.heads), n(size.head_dim), x(memory) {
-        v = x + rows * n;
-        mean = v + rows * n;
-        rstd = mean + rows;
-        mean_v = rstd + rows;
-        mean_xhat_v = mean_v + rows;
+    void set_angles(const float* cos, const float* sin, int64_t position) {
+        set(0, cos + position * n_);
+        set(1, sin + position * n_);
+    }
+    void set_affine(Affine q, Affine k) {
+        set(2, q.weight);
+        set(3, q.bias);
+        set(4, k.weight);
+        set(5, k.bias);
+    }
+    void set_weights(const float* q, const float* k) {
+        set(2, q);
+        set(4, k);
+    }
+
+    Vector cos(int64_t i) const { return get(0, i); }
+    Vector sin(int64_t i) const { return get(1, i); }
+    Vector weight(int part, int64_t i) const { return get(2 + 2 * part, i); }
+    Vector bias(int part, int64_t i) const { return get(3 + 2 * part, i); }
+
+  private:
+    void set(int table, const float* values) {
+        float* const row = memory_ + table * padded(n_);
+        sweep(n_, [=](int64_t i, auto extent) {
+            store(row + i, load_split(values + i, extent), Whole{});
+        });
+    }
+    Vector get(int table, int64_t i) const {
+        return load(memory_ + table * padded(n_) + i, Whole{});
+    }
+
+    float* const memory_;
+    const int64_t n_;
+};
+
+inline Vector rotate(Vector x, Vector cos, Vector sin) {
+    Vector out;
+    math::rotate(x.low, x.high, cos.low, cos.high, sin.low, sin.high, &out.low, &out.high);
+    return out;
+}
+
+inline Vector rotate_transposed(Vector grad, Vector cos, Vector sin) {
+    Vector out;
+    math::rotate_transposed(grad.low, grad.high, cos.low, cos.high, sin.low, sin.high, &out.low,
+                            &out.high);
+    return out;
+}
+
+// Heads of a token are worked on in groups: their sums do not wait for each other, and tables are
+// read once for a group. Calls body(part, head, count) for those of q (part 0) and of k (part 1).
+constexpr int kGroup = 4;
+
+template <class Body>
+void for_heads(int64_t heads, const Body& body) {
+    for (int part = 0; part < 2; ++part) {
+        int64_t head = 0;
+        for (; head + kGroup <= heads; head += kGroup)
+            body(part, head, std::integral_constant<int, kGroup>{});
+        for (; head < heads; ++head) body(part, head, std::integral_constant<int, 1>{});
+    }
+}
+
+// Mean and 1 / deviation of `count` rows of n values.
+template <int count, class T>
+struct Norm {
+    float mean[count], rstd[count];
+
+    Norm(const T* rows, int64_t n, float eps) {
+        Vector sums[count], squares[count];
+        for (int r = 0; r < count; ++r) sums[r] = squares[r] = 0.0f;
+        sweep(n, [&](int64_t i, auto extent) {
+            for (int r = 0; r < count; ++r) sums[r] += load(rows + r * n + i, extent);
+        });
+        for (int r = 0; r < count; ++r) mean[r] = sum(sums[r]) / float(n);
+        sweep(n, [&](int64_t i, auto extent) {
+            for (int r = 0; r < count; ++r) {
+                const Vector d = keep<T>(load(rows + r * n + i, extent) - mean[r], extent);
+                squares[r] += d * d;
+            }
+        });
+        for (int r = 0; r < count; ++r) rstd[r] = math::inverse_std(sum(squares[r]), float(n), eps);
+    }
+
+    Vector operator()(Vector x, int r) const {
+        return math::normalise<Vector>(x, mean[r], rstd[r]);
     }
 };
 
-template <class T>
-void read(const T* x, float* out, int64_t n) {
-#pragma omp simd
-    for (int64_t i = 0; i < n; ++i) out[i] = load(x + i);
-}
+// The Jacobian of the norm, for vectors v beside xhat.
+template <int count>
+struct Jacobian {
+    Vector sums[count], sums_xhat[count];
+    float mean[count], mean_xhat[count];
+
+    Jacobian() {
+        for (int r = 0; r < count; ++r) sums[r] = sums_xhat[r] = 0.0f;
+    }
+    // Zero beyond the row's end, as v is.
+    void add(Vector v, Vector xhat, int r) {
+        sums[r] += v;
+        sums_xhat[r] += v * xhat;
+    }
+    void finish(int64_t n) {
+        for (int r = 0; r < count; ++r) {
+            mean[r] = sum(sums[r]) / float(n);
+            mean_xhat[r] = sum(sums_xhat[r]) / float(n);
+        }
+    }
+    Vector operator()(Vector v, Vector xhat, float rstd, int r) const {
+        return math::layer_norm_jacobian<Vector>(v, xhat, mean[r], mean_xhat[r], rstd);
+    }
+};
 
 template <class T>
 void copy(const T* x, T* out, int64_t n) {
     memcpy(out, x, size_t(n) * sizeof(T));
 }
 
-inline float sum(const float* x, int64_t n) {
-    float total = 0.0f;
-#pragma omp simd reduction(+ : total)
-    for (int64_t i = 0; i < n; ++i) total += x[i];
-    return total;
-}
-
-// Reads q and k of a token and replaces them by xhat.
 template <class T>
-void read_normalised(Token& token, const T* qkv, float eps) {
-    const int64_t n = token.n;
-    read(qkv, token.x, token.rows * n);
-    for (int64_t r = 0; r < token.rows; ++r) token.mean[r] = sum(token.x + r * n, n) / n;
-    for (int64_t r = 0; r < token.rows; ++r)
-        token.rstd[r] = centred_squares(token.x + r * n, n, token.mean[r]);
-#pragma omp simd
-    for (int64_t r = 0; r < token.rows; ++r)
-        token.rstd[r] = math::inverse_std(token.rstd[r], n, eps);
-    for (int64_t r = 0; r < token.rows; ++r) {
-        float* const x = token.x + r * n;
-        const float mean = token.mean[r], rstd = token.rstd[r];
-#pragma omp simd
-        for (int64_t i = 0; i < n; ++i) x[i] = math::normalise(x[i], mean, rstd);
-    }
-}
-
-// mean_v and mean_xhat_v, the two sums in the Jacobian of the norm.
-inline void project(Token& token) {
-    const int64_t n = token.n;
-    for (int64_t r = 0; r < token.rows; ++r) {
-        const float* const x = token.x + r * n;
-        const float* const v = token.v + r * n;
-        float sum = 0.0f, sum_xhat = 0.0f;
-#pragma omp simd reduction(+ : sum, sum_xhat)
-        for (int64_t i = 0; i < n; ++i) {
-            sum += v[i];
-            sum_xhat += v[i] * x[i];
-        }
-        token.mean_v[r] = sum / n;
-        token.mean_xhat_v[r] = sum_xhat / n;
-    }
-}
-
-// out = rotation of row * weight + bias
-template <class T>
-void write_rotated(const float* row, const float* weight, const float* bias, Tables at, T* out,
-                   int64_t n) {
-#pragma omp simd
-    for (int64_t i = 0; i < n; i += 2) {
-        float a, b;
-        math::rotate(math::affine(row[i], weight[i], bias[i]),
-                     math::affine(row[i + 1], weight[i + 1], bias[i + 1]), at.cos + i, at.sin + i,
-                     &a, &b);
-        store(out + i, a);
-        store(out + i + 1, b);
-    }
-}
-
-// q and k from the normalised rows.
-template <class T>
-void write_outputs(const Token& token, Affine q_affine, Affine k_affine, Tables at, T* q, T* k) {
-    const int64_t n = token.n, width = token.rows / 2 * n;
-    for (int64_t i = 0; i < width; i += n) {
-        write_rotated(token.x + i, q_affine.weight, q_affine.bias, at, q + i, n);
-        write_rotated(token.x + width + i, k_affine.weight, k_affine.bias, at, k + i, n);
-    }
-}
-
-template <class T>
-void forward(Packed<T> qkv, Affine q_affine, Affine k_affine, Tables tables, T* q, T* k, T* v,
+void forward(Packed<T> qkv, Affine q_affine, Affine k_affine, Angles angles, T* q, T* k, T* v,
              Size size, float eps, int64_t threads) {
     const int64_t n = size.head_dim, width = size.heads * n;
-    const Scratch scratch(threads * Token::floats(size));
-    parallel_for(size.batch * size.tokens, 3 * width, threads,
-                 [&](int64_t begin, int64_t end, int64_t id) {
-                     Token token(scratch.data + id * Token::floats(size), size);
-                     for (int64_t t = begin; t < end; ++t) {
-                         const T* x = token_of(qkv, t, size.tokens);
-                         const int64_t to = t * width;
-                         read_normalised(token, x, eps);
-                         write_outputs(token, q_affine, k_affine, at(tables, t % size.tokens, n),
-                                       q + to, k + to);
-                         copy(x + 2 * width, v + to, width);
-                     }
-                 });
-}
-
-// token.v = gradient of xhat; dweight and dbias of q and of k ([4, D] in `sums`) are added to.
-template <class T>
-void pull_back(Token& token, const T* grads, int64_t first, const float* weight, Tables at,
-               float* dweight, float* dbias) {
-    const int64_t n = token.n;
-    for (int64_t r = 0; r < token.rows / 2; ++r) {
-        const T* const grad = grads + r * n;
-        const float* const x = token.x + (first + r) * n;
-        float* const g = token.v + (first + r) * n;
-#pragma omp simd
-        for (int64_t i = 0; i < n; i += 2) {
-            float a, b;
-            math::rotate_transposed(load(grad + i), load(grad + i + 1), at.cos + i, at.sin + i, &a,
-                                    &b);
-            g[i] = a;
-            g[i + 1] = b;
-        }
-#pragma omp simd
-        for (int64_t i = 0; i < n; ++i) {
-            dbias[i] += g[i];
-            dweight[i] += g[i] * x[i];
-            g[i] *= weight[i];
-        }
-    }
-}
-
-template <class T>
-void write_gradient(const Token& token, T* dx) {
-    const int64_t n = token.n;
-    for (int64_t r = 0; r < token.rows; ++r) {
-        const float mean_v = token.mean_v[r], mean_xhat_v = token.mean_xhat_v[r];
-        const float rstd = token.rstd[r];
-#pragma omp simd
-        for (int64_t i = r * n; i < (r + 1) * n; ++i)
-            store(dx + i,
-                  math::layer_norm_jacobian(token.v[i], token.x[i], mean_v, mean_xhat_v, rstd));
-    }
+    const Scratch scratch(threads * Tables::floats(n));
+    parallel_for(
+        size.batch * size.tokens, 3 * width, threads, [&](int64_t begin, int64_t end, int64_t id) {
+            Tables tables(scratch.data + id * Tables::floats(n), n);
+            tables.set_affine(q_affine, k_affine);
+            for (int64_t token = begin; token < end; ++token) {
+                tables.set_angles(angles.cos, angles.sin, token % size.tokens);
+                const T* x = token_of(qkv, token, size.tokens);
+                T* const outs[] = {q + token * width, k + token * width};
+                for_heads(size.heads, [&](int part, int64_t head, auto count) {
+                    const T* rows = x + part * width + head * n;
+                    T* out = outs[part] + head * n;
+                    const Norm<count, T> norm(rows, n, eps);
+                    sweep(n, [&](int64_t i, auto extent) {
+                        const Vector cos = tables.cos(i), sin = tables.sin(i);
+                        const Vector weight = tables.weight(part, i), bias = tables.bias(part, i);
+                        for (int r = 0; r < count; ++r) {
+                            const int64_t at = r * n + i;
+                            const Vector xhat = norm(load_split(rows + at, extent), r);
+                            const Vector y = math::affine(xhat, weight, bias);
+                            store_split(out + at, rotate(y, cos, sin), extent);
+                        }
+                    });
+                });
+                copy(x + 2 * width, v + token * width, width);
+            }
+        });
 }
 
 // Tokens whose contributions to the gradients of the weights share a row of partial sums, see
@@ -203,78 +202,121 @@ constexpr int64_t kChunk = 4;
 
 template <class T>
 void backward(const T* gq, const T* gk, const T* gv, Packed<T> qkv, const float* q_weight,
-              const float* k_weight, Tables tables, T* dqkv, float* dq_weight, float* dq_bias,
+              const float* k_weight, Angles angles, T* dqkv, float* dq_weight, float* dq_bias,
               float* dk_weight, float* dk_bias, Size size, float eps, int64_t threads) {
-    const int64_t n = size.head_dim, width = size.heads * n;
-    const int64_t count = size.batch * size.tokens;
-    const int64_t chunks = count > 0 ? ceil_div(count, kChunk) : 1;
-    const Scratch scratch(threads * Token::floats(size));
-    const Scratch partial(chunks * 4 * n);
-    fill_zero(partial.data, chunks * 4 * n);
+    const int64_t n = size.head_dim, width = size.heads * n, row = padded(n);
+    const int64_t tokens = size.batch * size.tokens;
+    const int64_t chunks = tokens > 0 ? ceil_div(tokens, kChunk) : 1;
+    const int64_t floats = Tables::floats(n) + kGroup * row;
+    const Scratch scratch(threads * floats);
+    const Scratch partial(chunks * 4 * row);  // of weight and bias of q, then of k
+    fill_zero(partial.data, chunks * 4 * row);
     parallel_for(chunks, kChunk * 3 * width, threads, [&](int64_t begin, int64_t end, int64_t id) {
-        Token token(scratch.data + id * Token::floats(size), size);
-        const int64_t last = end * kChunk < count ? end * kChunk : count;
-        for (int64_t t = begin * kChunk; t < last; ++t) {
-            float* const sums = partial.data + t / kChunk * 4 * n;
-            const Tables here = at(tables, t % size.tokens, n);
-            const int64_t from = t * width;
-            T* dx = dqkv + 3 * from;
-            read_normalised(token, token_of(qkv, t, size.tokens), eps);
-            pull_back(token, gq + from, 0, q_weight, here, sums, sums + n);
-            pull_back(token, gk + from, size.heads, k_weight, here, sums + 2 * n, sums + 3 * n);
-            project(token);
-            write_gradient(token, dx);
-            copy(gv + from, dx + 2 * width, width);
+        float* const memory = scratch.data + id * floats;
+        float* const gradients = memory + Tables::floats(n);
+        Tables tables(memory, n);
+        tables.set_weights(q_weight, k_weight);
+        const int64_t last = end * kChunk < tokens ? end * kChunk : tokens;
+        for (int64_t token = begin * kChunk; token < last; ++token) {
+            tables.set_angles(angles.cos, angles.sin, token % size.tokens);
+            const T* x = token_of(qkv, token, size.tokens);
+            const T* const grads[] = {gq + token * width, gk + token * width};
+            T* const dx = dqkv + 3 * token * width;
+            for_heads(size.heads, [&](int part, int64_t head, auto count) {
+                const T* rows = x + part * width + head * n;
+                const T* grad = grads[part] + head * n;
+                T* out = dx + part * width + head * n;
+                float* const sums = partial.data + (token / kChunk * 4 + 2 * part) * row;
+                const Norm<count, T> norm(rows, n, eps);
+                Jacobian<count> jacobian;
+                sweep(n, [&](int64_t i, auto extent) {
+                    const Vector cos = tables.cos(i), sin = tables.sin(i);
+                    const Vector weight = tables.weight(part, i);
+                    Vector dweight = load(sums + i, Whole{});
+                    Vector dbias = load(sums + row + i, Whole{});
+                    for (int r = 0; r < count; ++r) {
+                        const int64_t at = r * n + i;
+                        const Vector xhat = norm(load_split(rows + at, extent), r);
+                        Vector g = rotate_transposed(load_split(grad + at, extent), cos, sin);
+                        dweight += g * xhat;
+                        dbias += g;
+                        g = g * weight;
+                        jacobian.add(g, xhat, r);
+                        store(gradients + r * row + i, g, Whole{});
+                    }
+                    store(sums + i, dweight, Whole{});
+                    store(sums + row + i, dbias, Whole{});
+                });
+                jacobian.finish(n);
+                sweep(n, [&](int64_t i, auto extent) {
+                    for (int r = 0; r < count; ++r) {
+                        const int64_t at = r * n + i;
+                        const Vector xhat = norm(load_split(rows + at, extent), r);
+                        const Vector g = load(gradients + r * row + i, Whole{});
+                        store_split(out + at, jacobian(g, xhat, norm.rstd[r], r), extent);
+                    }
+                });
+            });
+            copy(gv + token * width, dx + 2 * width, width);
         }
     });
-    sum_rows(partial.data, chunks, 4 * n);
-    copy(partial.data, dq_weight, n);
-    copy(partial.data + n, dq_bias, n);
-    copy(partial.data + 2 * n, dk_weight, n);
-    copy(partial.data + 3 * n, dk_bias, n);
-}
-
-// out = rotation of weight * (tangent of the normalised row)
-template <class T>
-void write_tangent(const Token& token, int64_t row, const float* weight, Tables at, T* out) {
-    const int64_t n = token.n;
-    const float* const x = token.x + row * n;
-    const float* const v = token.v + row * n;
-    const float mean_v = token.mean_v[row], mean_xhat_v = token.mean_xhat_v[row];
-    const float rstd = token.rstd[row];
-#pragma omp simd
-    for (int64_t i = 0; i < n; i += 2) {
-        float a = math::layer_norm_jacobian(v[i], x[i], mean_v, mean_xhat_v, rstd);
-        float b = math::layer_norm_jacobian(v[i + 1], x[i + 1], mean_v, mean_xhat_v, rstd);
-        math::rotate(a * weight[i], b * weight[i + 1], at.cos + i, at.sin + i, &a, &b);
-        store(out + i, a);
-        store(out + i + 1, b);
+    sum_rows(partial.data, chunks, 4 * row);
+    float* const outs[] = {dq_weight, dq_bias, dk_weight, dk_bias};
+    for (int i = 0; i < 4; ++i) {
+        const float* const total = partial.data + i * row;
+        sweep(n, [&](int64_t j, auto extent) {
+            store_split(outs[i] + j, load(total + j, Whole{}), extent);
+        });
     }
 }
 
 template <class T>
-void tangent(Packed<T> qkv, Packed<T> tqkv, Affine q_affine, Affine k_affine, Tables tables, T* q,
+void tangent(Packed<T> qkv, Packed<T> tqkv, Affine q_affine, Affine k_affine, Angles angles, T* q,
              T* k, T* v, T* tq, T* tk, T* tv, Size size, float eps, int64_t threads) {
     const int64_t n = size.head_dim, width = size.heads * n;
-    const Scratch scratch(threads * Token::floats(size));
+    const Scratch scratch(threads * Tables::floats(n));
     parallel_for(
         size.batch * size.tokens, 3 * width, threads, [&](int64_t begin, int64_t end, int64_t id) {
-            Token token(scratch.data + id * Token::floats(size), size);
-            for (int64_t t = begin; t < end; ++t) {
-                const T* x = token_of(qkv, t, size.tokens);
-                const T* tx = token_of(tqkv, t, size.tokens);
-                const Tables here = at(tables, t % size.tokens, n);
-                const int64_t to = t * width;
-                read_normalised(token, x, eps);
-                read(tx, token.v, 2 * width);
-                project(token);
-                write_outputs(token, q_affine, k_affine, here, q + to, k + to);
-                for (int64_t h = 0; h < size.heads; ++h) {
-                    write_tangent(token, h, q_affine.weight, here, tq + to + h * n);
-                    write_tangent(token, size.heads + h, k_affine.weight, here, tk + to + h * n);
-                }
-                copy(x + 2 * width, v + to, width);
-                copy(tx + 2 * width, tv + to, width);
+            Tables tables(scratch.data + id * Tables::floats(n), n);
+            tables.set_affine(q_affine, k_affine);
+            for (int64_t token = begin; token < end; ++token) {
+                tables.set_angles(angles.cos, angles.sin, token % size.tokens);
+                const T* x = token_of(qkv, token, size.tokens);
+                const T* tx = token_of(tqkv, token, size.tokens);
+                T* const outs[] = {q + token * width, k + token * width};
+                T* const touts[] = {tq + token * width, tk + token * width};
+                for_heads(size.heads, [&](int part, int64_t head, auto count) {
+                    const int64_t from = part * width + head * n;
+                    const T* rows = x + from;
+                    const T* trows = tx + from;
+                    T* out = outs[part] + head * n;
+                    T* tout = touts[part] + head * n;
+                    const Norm<count, T> norm(rows, n, eps);
+                    Jacobian<count> jacobian;
+                    sweep(n, [&](int64_t i, auto extent) {
+                        for (int r = 0; r < count; ++r) {
+                            const int64_t at = r * n + i;
+                            jacobian.add(load(trows + at, extent), norm(load(rows + at, extent), r),
+                                         r);
+                        }
+                    });
+                    jacobian.finish(n);
+                    sweep(n, [&](int64_t i, auto extent) {
+                        const Vector cos = tables.cos(i), sin = tables.sin(i);
+                        const Vector weight = tables.weight(part, i), bias = tables.bias(part, i);
+                        for (int r = 0; r < count; ++r) {
+                            const int64_t at = r * n + i;
+                            const Vector xhat = norm(load_split(rows + at, extent), r);
+                            const Vector txhat =
+                                jacobian(load_split(trows + at, extent), xhat, norm.rstd[r], r);
+                            const Vector y = math::affine(xhat, weight, bias);
+                            store_split(out + at, rotate(y, cos, sin), extent);
+                            store_split(tout + at, rotate(txhat * weight, cos, sin), extent);
+                        }
+                    });
+                });
+                copy(x + 2 * width, v + token * width, width);
+                copy(tx + 2 * width, tv + token * width, width);
             }
         });
 }

@@ -1,4 +1,4 @@
-// Rows of numbers, and passes over rows that lie in the first-level cache.
+// Rows of numbers, and sums of rows in scratch memory.
 #pragma once
 
 #include "kernel.h"
@@ -19,19 +19,13 @@ const T* row_of(Rows<T> rows, int64_t index) {
 }
 
 template <class T>
-Rows<T> make_rows(const void* data, int64_t stride) {
-    return {static_cast<const T*>(data), stride};
+Rows<T> rows_from(Rows<T> rows, int64_t index) {
+    return {row_of(rows, index), rows.stride};
 }
 
-// Sum of (x - mean)^2: a second pass over the row, as E[x^2] - E[x]^2 would cancel.
-inline float centred_squares(const float* x, int64_t n, float mean) {
-    float sum = 0.0f;
-#pragma omp simd reduction(+ : sum)
-    for (int64_t i = 0; i < n; ++i) {
-        const float d = x[i] - mean;
-        sum += d * d;
-    }
-    return sum;
+template <class T>
+Rows<T> make_rows(const void* data, int64_t stride) {
+    return {static_cast<const T*>(data), stride};
 }
 
 // y += x
@@ -54,12 +48,6 @@ inline void sum_rows(float* rows, int64_t count, int64_t n) {
     for (int64_t step = 1; step < count; step *= 2)
         for (int64_t i = 0; i + step < count; i += 2 * step)
             add_row(rows + i * n, rows + (i + step) * n, n);
-}
-
-template <class T>
-void convert(T* out, const float* x, int64_t n) {
-#pragma omp simd
-    for (int64_t i = 0; i < n; ++i) store(out + i, x[i]);
 }
 
 }  // namespace

@@ -2,6 +2,7 @@
 
 #include "kernel.h"
 #include "rows.h"
+#include "vector.h"
 
 namespace tim::cpu::TIM_ISA {
 namespace {
@@ -12,9 +13,9 @@ void forward(Rows<T> gates, Rows<T> ups, T* outs, int64_t rows, int64_t cols, in
         const T* gate = row_of(gates, row) + begin;
         const T* up = row_of(ups, row) + begin;
         T* out = outs + row * cols + begin;
-#pragma omp simd
-        for (int64_t i = 0; i < end - begin; ++i)
-            store(out + i, math::swiglu(load(gate + i), load(up + i)));
+        sweep(end - begin, [=](int64_t i, auto lanes) {
+            store(out + i, math::swiglu(load(gate + i, lanes), load(up + i, lanes)), lanes);
+        });
     });
 }
 
@@ -27,20 +28,20 @@ void backward(const T* grads, Rows<T> gates, Rows<T> ups, T* dgates, T* dups, in
         const T* grad = grads + row * cols + begin;
         T* dgate = dgates + row * cols + begin;
         T* dup = dups + row * cols + begin;
-#pragma omp simd
-        for (int64_t i = 0; i < end - begin; ++i) {
-            float a, b;
-            math::swiglu_backward(load(grad + i), load(gate + i), load(up + i), &a, &b);
-            store(dgate + i, a);
-            store(dup + i, b);
-        }
+        sweep(end - begin, [=](int64_t i, auto lanes) {
+            Vector a, b;
+            math::swiglu_backward(load(grad + i, lanes), load(gate + i, lanes), load(up + i, lanes),
+                                  &a, &b);
+            store(dgate + i, a, lanes);
+            store(dup + i, b, lanes);
+        });
     });
 }
 
 // An absent tangent reads as zero.
-template <class T>
-float load_or_zero(const T* p, int64_t i) {
-    return p == nullptr ? 0.0f : load(p + i);
+template <class T, class Extent>
+Vector load_or_zero(const T* p, int64_t i, Extent lanes) {
+    return p == nullptr ? Vector(0.0f) : load(p + i, lanes);
 }
 
 template <class T>
@@ -53,14 +54,14 @@ void tangent(Rows<T> gates, Rows<T> ups, Rows<T> tgates, Rows<T> tups, T* outs, 
         const T* tup = tups.data == nullptr ? nullptr : row_of(tups, row) + begin;
         T* out = outs + row * cols + begin;
         T* tout = touts + row * cols + begin;
-#pragma omp simd
-        for (int64_t i = 0; i < end - begin; ++i) {
-            float a, b;
-            math::swiglu_tangent(load(gate + i), load(up + i), load_or_zero(tgate, i),
-                                 load_or_zero(tup, i), &a, &b);
-            store(out + i, a);
-            store(tout + i, b);
-        }
+        sweep(end - begin, [=](int64_t i, auto lanes) {
+            Vector a, b;
+            math::swiglu_tangent(load(gate + i, lanes), load(up + i, lanes),
+                                 load_or_zero(tgate, i, lanes), load_or_zero(tup, i, lanes), &a,
+                                 &b);
+            store(out + i, a, lanes);
+            store(tout + i, b, lanes);
+        });
     });
 }
 

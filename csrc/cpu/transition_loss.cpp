@@ -1,7 +1,9 @@
 #include "../math/transition_loss.h"
 
+#include <type_traits>
+
 #include "kernel.h"
-#include "rows.h"
+#include "vector.h"
 
 namespace tim::cpu::TIM_ISA {
 namespace {
@@ -11,8 +13,7 @@ struct Size {
 };
 
 // Work is cut into blocks of this many positions, all channels each, whatever the number of
-// threads: the sums depend on the input alone, and a block's cosine sums stay in the first-level
-// cache.
+// threads: the sums depend on the input alone.
 constexpr int64_t kBlock = 512;
 
 // Without the cosine term channels and positions are one dimension.
@@ -20,60 +21,50 @@ inline Size flatten(Size size, bool cosine) {
     return cosine ? size : Size{size.batch, 1, size.channels * size.positions};
 }
 
-// Calls body(sample, offset, n, id): the positions offset .. offset + n - 1 of one sample.
+// Calls body(sample, offset, n): the positions offset .. offset + n - 1 of one sample.
 template <class Body>
 void parallel_blocks(Size size, int64_t threads, const Body& body) {
     const int64_t blocks = ceil_div(size.positions, kBlock);
     const int64_t elements = size.channels * (size.positions < kBlock ? size.positions : kBlock);
-    parallel_for(size.batch * blocks, elements, threads,
-                 [&](int64_t begin, int64_t end, int64_t id) {
-                     for (int64_t i = begin; i < end; ++i) {
-                         const int64_t offset = i % blocks * kBlock;
-                         const int64_t left = size.positions - offset;
-                         body(i / blocks, offset, left < kBlock ? left : kBlock, id);
-                     }
-                 });
+    parallel_for(size.batch * blocks, elements, threads, [&](int64_t begin, int64_t end, int64_t) {
+        for (int64_t i = begin; i < end; ++i) {
+            const int64_t offset = i % blocks * kBlock;
+            const int64_t left = size.positions - offset;
+            body(i / blocks, offset, left < kBlock ? left : kBlock);
+        }
+    });
 }
 
-// Per position, over channels: first F . target, F . F and target . target, then, by finish_angles,
-// the cosine and the two norms in their places.
-struct Angles {
-    float* cosine;
-    float* F_norm;
-    float* target_norm;
+// Elements of type D in the order of T's vectors.
+template <class T, class D, class Extent>
+Vector load_as(const D* p, Extent extent) {
+    if constexpr (std::is_same_v<T, BFloat16>) {
+        return load_split(p, extent);
+    } else {
+        return load(p, extent);
+    }
+}
 
-    explicit Angles(float* memory)
-        : cosine(memory), F_norm(memory + kBlock), target_norm(memory + 2 * kBlock) {}
+template <class T, class D, class Extent>
+Vector store_as(D* p, Vector x, Extent extent) {
+    if constexpr (std::is_same_v<T, D>) {
+        return store_rounded(p, x, extent);
+    } else {
+        store_split(p, x, extent);
+        return x;
+    }
+}
+
+// Per position, over channels.
+struct Products {
+    Vector dot = 0.0f, F_squares = 0.0f, target_squares = 0.0f;
+
+    void add(Vector F, Vector target) {
+        dot += F * target;
+        F_squares += F * F;
+        target_squares += target * target;
+    }
 };
-
-template <class T, class D>
-void add_products(const T* F, const D* target, Angles sums, int64_t n) {
-#pragma omp simd
-    for (int64_t i = 0; i < n; ++i) {
-        const float f = load(F + i), t = load(target + i);
-        sums.cosine[i] += f * t;
-        sums.F_norm[i] += f * f;
-        sums.target_norm[i] += t * t;
-    }
-}
-
-inline void finish_angles(Angles sums, int64_t n) {
-#pragma omp simd
-    for (int64_t i = 0; i < n; ++i) {
-        const float F_norm = math::clamped_norm(sums.F_norm[i]);
-        const float target_norm = math::clamped_norm(sums.target_norm[i]);
-        sums.cosine[i] = math::cosine(sums.cosine[i], F_norm, target_norm);
-        sums.F_norm[i] = F_norm;
-        sums.target_norm[i] = target_norm;
-    }
-}
-
-// out += c x
-template <class T>
-void add_scaled(float* out, float c, const T* x, int64_t n) {
-#pragma omp simd
-    for (int64_t i = 0; i < n; ++i) out[i] += c * load(x + i);
-}
 
 // T: dtype of the network's outputs, D: of the data.
 template <class T, class D>
@@ -89,68 +80,77 @@ struct Inputs {
     int64_t first;
 };
 
-// The target of n positions of one channel; `at` is their place in a full tensor, `at_d` in d.
+// The target of one sample: everything that is the same at all of its positions.
 template <class T, class D>
-void compute_target(const Inputs<T, D>& in, int64_t sample, int64_t at, int64_t at_d, float* out,
-                    int64_t n) {
-    const float* c = in.coefficients + 6 * sample;
-    const float c_x = c[0], c_z = c[1], c_d = c[2], c_minus = c[3];
-    const D* x = in.x + at;
-    const D* z = in.z + at;
-#pragma omp simd
-    for (int64_t i = 0; i < n; ++i) out[i] = c_x * load(x + i) + c_z * load(z + i);
-    if (in.d != nullptr && sample >= in.first) {
-        const T* d = in.d + at_d;
-        if (in.d_minus == nullptr) {
-            add_scaled(out, c_d, d, n);
-        } else {
-            const T* d_minus = in.d_minus + at_d;
-#pragma omp simd
-            for (int64_t i = 0; i < n; ++i)
-                out[i] += math::weighted_difference(c_d, load(d + i), c_minus, load(d_minus + i));
-        }
+struct Target {
+    Vector c_x, c_z, c_d, c_minus, c_cond, c_null;
+    const D* x;
+    const D* z;
+    const T* d;  // null where the sample has none, as the others
+    const T* d_minus;
+    const T* cond;
+    const T* null;
+
+    Target(const Inputs<T, D>& in, int64_t sample, int64_t numel) {
+        const float* c = in.coefficients + 6 * sample;
+        c_x = c[0], c_z = c[1], c_d = c[2], c_minus = c[3], c_cond = c[4], c_null = c[5];
+        const int64_t at = sample * numel;
+        x = in.x + at;
+        z = in.z + at;
+        const bool moves = in.d != nullptr && sample >= in.first;
+        d = moves ? in.d + at - in.first * numel : nullptr;
+        d_minus = moves && in.d_minus != nullptr ? in.d_minus + at - in.first * numel : nullptr;
+        cond = in.cond != nullptr ? in.cond + at : nullptr;
+        null = in.null != nullptr ? in.null + at : nullptr;
     }
-    if (in.cond != nullptr) add_scaled(out, c[4], in.cond + at, n);
-    if (in.null != nullptr) add_scaled(out, c[5], in.null + at, n);
-}
+
+    template <class Extent>
+    Vector operator()(int64_t i, Extent extent) const {
+        Vector sum = c_x * load_as<T>(x + i, extent) + c_z * load_as<T>(z + i, extent);
+        if (d_minus != nullptr) {
+            sum += math::weighted_difference(c_d, load(d + i, extent), c_minus,
+                                             load(d_minus + i, extent));
+        } else if (d != nullptr) {
+            sum += c_d * load(d + i, extent);
+        }
+        if (cond != nullptr) sum += c_cond * load(cond + i, extent);
+        if (null != nullptr) sum += c_null * load(null + i, extent);
+        return sum;
+    }
+};
 
 template <class T, class D>
-void forward(const Inputs<T, D>& in, const float* time_weight, D* target, float* loss,
+void forward(const Inputs<T, D>& in, const float* time_weight, D* targets, float* loss,
              float* denoising, float* weight, Size full, bool cosine, int64_t threads) {
     const Size size = flatten(full, cosine);
     const int64_t numel = size.channels * size.positions;
     const int64_t blocks = ceil_div(size.positions, kBlock);
-    const Scratch scratch(threads * 4 * kBlock);
     const Scratch partial(size.batch * blocks * 2);
-    parallel_blocks(size, threads, [&](int64_t sample, int64_t offset, int64_t n, int64_t id) {
-        float* const row = scratch.data + id * 4 * kBlock;
-        const Angles angles(row + kBlock);
-        if (cosine) fill_zero(row + kBlock, 3 * kBlock);
-        double squares = 0.0;
-        for (int64_t channel = 0; channel < size.channels; ++channel) {
-            const int64_t at = sample * numel + channel * size.positions + offset;
-            compute_target(in, sample, at, at - in.first * numel, row, n);
-            const T* F = in.F + at;
-            D* out = target + at;
-            // The loss sees the stored target, rounded to its dtype, as the backward pass will.
-            float channel_squares = 0.0f;
-#pragma omp simd reduction(+ : channel_squares)
-            for (int64_t i = 0; i < n; ++i) {
-                store(out + i, row[i]);
-                channel_squares += math::squared_error(load(F + i), load(out + i));
+    parallel_blocks(size, threads, [&](int64_t sample, int64_t offset, int64_t n) {
+        const Target<T, D> target(in, sample, numel);
+        const T* F = in.F + sample * numel;
+        D* out = targets + sample * numel;
+        Vector squares = 0.0f, distance = 0.0f;
+        sweep(n, [&](int64_t i, auto extent) {
+            Products products;
+            Vector errors = 0.0f;
+            for (int64_t channel = 0; channel < size.channels; ++channel) {
+                const int64_t at = channel * size.positions + offset + i;
+                // The loss sees the stored target, rounded to its dtype, as the backward pass will.
+                const Vector target_i = store_as<T>(out + at, target(at, extent), extent);
+                const Vector F_i = load(F + at, extent);
+                errors += math::squared_error(F_i, target_i);
+                products.add(F_i, target_i);
             }
-            squares += channel_squares;
-            if (cosine) add_products(F, out, angles, n);
-        }
-        float distance = 0.0f;
-        if (cosine) {
-            finish_angles(angles, n);
-#pragma omp simd reduction(+ : distance)
-            for (int64_t i = 0; i < n; ++i) distance += 1.0f - angles.cosine[i];
-        }
+            squares += errors;
+            if (!cosine) return;
+            const Vector angle = math::cosine(products.dot, math::clamped_norm(products.F_squares),
+                                              math::clamped_norm(products.target_squares));
+            distance += keep<T>(1.0f - angle, extent);
+        });
         float* const result = partial.data + 2 * (sample * blocks + offset / kBlock);
-        result[0] = float(squares);
-        result[1] = distance;
+        result[0] = sum(squares);
+        result[1] = sum(distance);
     });
     for (int64_t sample = 0; sample < size.batch; ++sample) {
         double squares = 0.0, distance = 0.0;
@@ -169,38 +169,35 @@ void backward(const float* scales, const T* Fs, const D* targets, T* dFs, Size f
               int64_t threads) {
     const Size size = flatten(full, cosine);
     const int64_t numel = size.channels * size.positions;
-    const Scratch scratch(threads * 3 * kBlock);
-    parallel_blocks(size, threads, [&](int64_t sample, int64_t offset, int64_t n, int64_t id) {
-        const Angles angles(scratch.data + id * 3 * kBlock);
-        const float squares = 2.0f * scales[sample] / float(numel);
-        const float cosines = scales[sample] / float(size.positions);
+    parallel_blocks(size, threads, [&](int64_t sample, int64_t offset, int64_t n) {
+        const Vector squares = 2.0f * scales[sample] / float(numel);
+        const Vector cosines = scales[sample] / float(size.positions);
         const int64_t start = sample * numel + offset;
-        if (!cosine) {
-            const T* F = Fs + start;
-            const D* target = targets + start;
-            T* dF = dFs + start;
-#pragma omp simd
-            for (int64_t i = 0; i < n; ++i)
-                store(dF + i, squares * (load(F + i) - load(target + i)));
-            return;
-        }
-        fill_zero(angles.cosine, 3 * kBlock);
-        for (int64_t channel = 0; channel < size.channels; ++channel) {
-            const int64_t at = start + channel * size.positions;
-            add_products(Fs + at, targets + at, angles, n);
-        }
-        finish_angles(angles, n);
-        for (int64_t channel = 0; channel < size.channels; ++channel) {
-            const int64_t at = start + channel * size.positions;
-            const T* F = Fs + at;
-            const D* target = targets + at;
-            T* dF = dFs + at;
-#pragma omp simd
-            for (int64_t i = 0; i < n; ++i)
-                store(dF + i, math::loss_gradient(load(F + i), load(target + i), squares, cosines,
-                                                  angles.cosine[i], angles.F_norm[i],
-                                                  angles.target_norm[i]));
-        }
+        sweep(n, [&](int64_t i, auto extent) {
+            if (!cosine) {
+                const int64_t at = start + i;
+                const Vector error = load(Fs + at, extent) - load_as<T>(targets + at, extent);
+                store(dFs + at, squares * error, extent);
+                return;
+            }
+            Products products;
+            for (int64_t channel = 0; channel < size.channels; ++channel) {
+                const int64_t at = start + channel * size.positions + i;
+                products.add(load(Fs + at, extent), load_as<T>(targets + at, extent));
+            }
+            const Vector F_norm = math::clamped_norm(products.F_squares);
+            const Vector target_norm = math::clamped_norm(products.target_squares);
+            const Vector angle = math::cosine(products.dot, F_norm, target_norm);
+            const auto by_F = math::make_divisor(F_norm),
+                       by_target = math::make_divisor(target_norm);
+            for (int64_t channel = 0; channel < size.channels; ++channel) {
+                const int64_t at = start + channel * size.positions + i;
+                store(dFs + at,
+                      math::loss_gradient(load(Fs + at, extent), load_as<T>(targets + at, extent),
+                                          squares, cosines, angle, by_F, by_target),
+                      extent);
+            }
+        });
     });
 }
 

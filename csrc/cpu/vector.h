@@ -1,188 +1,162 @@
-// Vectors of 32-bit words, and the one matrix product that the attention kernels are made of.
+// Vectors of floats in registers: arithmetic that the formulas of csrc/math are instantiated with,
+// loads and stores of both storage types, loops over rows.
+//
+// Compilers vectorise plain loops too, but into sums with a single accumulator, which waits for the
+// latency of each addition, conversions of bfloat16 that cost more than the arithmetic between
+// them, and scalar ends of rows.
 #pragma once
 
 #include <type_traits>
 
 #include "kernel.h"
-
-#ifdef __AVX512BF16__
-#include <immintrin.h>
-#endif
+#include "register.h"
 
 namespace tim::cpu::TIM_ISA {
 namespace {
 
-// kRegisterRows x kRegisterVectors accumulators, as many vectors of the other operand and one
-// broadcast number fill the registers.
-#if defined(__AVX512F__)
-constexpr int kLanes = 16, kRegisterRows = 8, kRegisterVectors = 3;
-#elif defined(__AVX2__)
-constexpr int kLanes = 8, kRegisterRows = 4, kRegisterVectors = 3;
-#else
-constexpr int kLanes = 4, kRegisterRows = 4, kRegisterVectors = 2;
-#endif
+// kLanes consecutive elements of a row. Floats lie in the order of memory. Of bfloat16, `low` holds
+// the elements with even index and `high` those with odd index, because a shift and a mask split
+// words into halves at once; arithmetic between vectors does not care. `load_split` reads floats in
+// that order too. Rows of scratch memory are written and read by vectors alone, in either order;
+// their length is a multiple of kLanes (see `padded`).
+struct Vector {
+    Register low, high;
 
-typedef float Vector __attribute__((vector_size(kLanes * sizeof(float)), may_alias));
-typedef int32_t Integers __attribute__((vector_size(kLanes * sizeof(float)), may_alias));
+    Vector() = default;
+    Vector(Register a, Register b) : low(a), high(b) {}
+    Vector(float x) : low(broadcast(x)), high(low) {}
 
-inline Vector load_vector(const float* p) {
-    Vector v;
-    __builtin_memcpy(&v, p, sizeof(v));
-    return v;
+    friend Vector operator+(Vector a, Vector b) { return {a.low + b.low, a.high + b.high}; }
+    friend Vector operator-(Vector a, Vector b) { return {a.low - b.low, a.high - b.high}; }
+    friend Vector operator*(Vector a, Vector b) { return {a.low * b.low, a.high * b.high}; }
+    friend Vector operator/(Vector a, Vector b) { return {a.low / b.low, a.high / b.high}; }
+    friend Vector operator-(Vector a) { return {-a.low, -a.high}; }
+    Vector& operator+=(Vector b) { return *this = *this + b; }
+};
+
+constexpr int kLanes = 2 * kRegister;
+
+// The functions that the formulas need beside arithmetic, see csrc/math/common.h.
+inline Vector not_below(Vector x, float low) {
+    return {at_least(x.low, low), at_least(x.high, low)};
+}
+inline Vector not_above(Vector x, float high) {
+    return {at_most(x.low, high), at_most(x.high, high)};
+}
+inline Vector square_root(Vector x) { return {root(x.low), root(x.high)}; }
+inline Vector to_exponent(Vector x) { return {to_exponent(x.low), to_exponent(x.high)}; }
+inline Vector fused_multiply_add(Vector a, Vector b, Vector c) {
+    return {fused(a.low, b.low, c.low), fused(a.high, b.high, c.high)};
 }
 
-inline void store_vector(float* p, Vector v) { __builtin_memcpy(p, &v, sizeof(v)); }
+// How many elements of a vector belong to a row: all of them, or the first ones at the row's end.
+// Elements beyond a Part load as zero and are not stored.
+struct Whole {
+    static constexpr int count = kLanes;
+};
+struct Part {
+    int count;
 
-inline int64_t round_up(int64_t n, int64_t unit) { return ceil_div(n, unit) * unit; }
+    int low() const { return count < kRegister ? count : kRegister; }
+    int high() const { return count - low(); }
+    int even() const { return (count + 1) / 2; }
+    int odd() const { return count / 2; }
+};
 
-// How numbers become 32-bit words. A word is a float, or, where the processor multiplies and adds
-// pairs of bfloat16, two numbers that are neighbours along the dimension that a product sums over:
-// the first in the low half.
+inline Vector load(const float* p, Whole) {
+    return {load_register(p), load_register(p + kRegister)};
+}
+inline Vector load(const float* p, Part part) {
+    return {load_first(p, part.low()), load_first(p + part.low(), part.high())};
+}
+inline void store(float* p, Vector x, Whole) {
+    store_register(p, x.low);
+    store_register(p + kRegister, x.high);
+}
+inline void store(float* p, Vector x, Part part) {
+    store_first(p, x.low, part.low());
+    store_first(p + part.low(), x.high, part.high());
+}
+
+inline Vector load(const BFloat16* p, Whole) {
+    const Register words = load_register(reinterpret_cast<const float*>(p));
+    return {even_halves(words), odd_halves(words)};
+}
+inline Vector load(const BFloat16* p, Part part) {
+    const Register words = load_halves(p, part.count);
+    return {even_halves(words), odd_halves(words)};
+}
+inline void store(BFloat16* p, Vector x, Whole) {
+    store_register(reinterpret_cast<float*>(p), rounded_halves(x.low, x.high));
+}
+inline void store(BFloat16* p, Vector x, Part part) {
+    store_halves(p, rounded_halves(x.low, x.high), part.count);
+}
+
+// Stores and returns what a load would give back.
+template <class Extent>
+Vector store_rounded(float* p, Vector x, Extent extent) {
+    store(p, x, extent);
+    return x;
+}
+inline Vector store_rounded(BFloat16* p, Vector x, Whole) {
+    const Register words = rounded_halves(x.low, x.high);
+    store_register(reinterpret_cast<float*>(p), words);
+    return {even_halves(words), odd_halves(words)};
+}
+inline Vector store_rounded(BFloat16* p, Vector x, Part part) {
+    const Register words = rounded_halves(x.low, x.high);
+    store_halves(p, words, part.count);
+    return {even_halves(words), odd_halves(words)};
+}
+
+template <class Extent>
+Vector load_split(const float* p, Extent extent) {
+    const Vector x = load(p, extent);
+    return {pick<Even>(x.low, x.high), pick<Odd>(x.low, x.high)};
+}
+template <class Extent>
+Vector load_split(const BFloat16* p, Extent extent) {
+    return load(p, extent);
+}
+template <class Extent>
+void store_split(float* p, Vector x, Extent extent) {
+    store(p, Vector(pick<LowTurns>(x.low, x.high), pick<HighTurns>(x.low, x.high)), extent);
+}
+template <class Extent>
+void store_split(BFloat16* p, Vector x, Extent extent) {
+    store(p, x, extent);
+}
+
+// Zero beyond the row's end, for vectors in the order of elements of type T, or split.
 template <class T>
-struct Words {
-    static constexpr bool kPairs = false;
-};
-
-#ifdef __AVX512BF16__
-template <>
-struct Words<BFloat16> {
-    static constexpr bool kPairs = true;
-};
-#endif
-
-template <bool pairs>
-Vector multiply_add(Vector sum, Vector broadcast, Vector row) {
-#ifdef __AVX512BF16__
-    if constexpr (pairs) {
-        return Vector(_mm512_dpbf16_ps(__m512(sum), __m512bh(broadcast), __m512bh(row)));
-    }
-#endif
-    static_assert(!pairs || kLanes == 16, "pairs need AVX512-BF16");
-    return sum + broadcast * row;
+Vector keep(Vector x, Whole) {
+    return x;
+}
+template <class T>
+Vector keep(Vector x, Part part) {
+    if (std::is_same_v<T, float>)
+        return {keep_first(x.low, part.low()), keep_first(x.high, part.high())};
+    return {keep_first(x.low, part.even()), keep_first(x.high, part.odd())};
 }
 
-enum class Into { kSet, kAdd };
+inline float sum(Vector x) { return total(x.low + x.high); }
 
-// An operand whose element (row, k) is at row * row_stride + k * k_stride.
-struct Left {
-    const float* data;
-    int64_t row_stride, k_stride;
-};
-
-// Rows of vectors.
-struct Right {
-    const float* data;
-    int64_t stride;
-};
-
-// out[row][:] = or += alpha sum_k left(row, k) right[k][:] for kRegisterRows rows and `vectors`
-// vectors of each; the sums over `count` numbers stay in registers.
-template <bool pairs, int vectors, Into into>
-void multiply_rows(Left left, Right right, int64_t count, float alpha, float* out,
-                   int64_t out_stride) {
-    Vector sums[kRegisterRows][vectors];
-#pragma GCC unroll 8
-    for (int row = 0; row < kRegisterRows; ++row)
-#pragma GCC unroll 4
-        for (int v = 0; v < vectors; ++v) sums[row][v] = Vector{};
-    for (int64_t k = 0; k < count; ++k) {
-        Vector rights[vectors];
-#pragma GCC unroll 4
-        for (int v = 0; v < vectors; ++v)
-            rights[v] = load_vector(right.data + k * right.stride + v * kLanes);
-#pragma GCC unroll 8
-        for (int row = 0; row < kRegisterRows; ++row) {
-            // As an integer: a pair of bfloat16 must not be touched by float arithmetic.
-            int32_t word;
-            __builtin_memcpy(&word, left.data + row * left.row_stride + k * left.k_stride, 4);
-            const Vector broadcast = Vector(Integers{} + word);
-#pragma GCC unroll 4
-            for (int v = 0; v < vectors; ++v)
-                sums[row][v] = multiply_add<pairs>(sums[row][v], broadcast, rights[v]);
-        }
-    }
-#pragma GCC unroll 8
-    for (int row = 0; row < kRegisterRows; ++row)
-#pragma GCC unroll 4
-        for (int v = 0; v < vectors; ++v) {
-            float* p = out + row * out_stride + v * kLanes;
-            const Vector product = alpha * sums[row][v];
-            store_vector(p, into == Into::kAdd ? load_vector(p) + product : product);
-        }
-}
-
-// The same for `rows` rows, a multiple of kRegisterRows.
-template <bool pairs, int vectors, Into into>
-void multiply(Left left, int64_t rows, Right right, int64_t count, float alpha, float* out,
-              int64_t out_stride) {
-    for (int64_t row = 0; row < rows; row += kRegisterRows) {
-        const Left some = {left.data + row * left.row_stride, left.row_stride, left.k_stride};
-        multiply_rows<pairs, vectors, into>(some, right, count, alpha, out + row * out_stride,
-                                            out_stride);
-    }
-}
-
-// Calls body with the number of vectors as a constant.
+// Calls body(i, extent) for the vectors at 0, kLanes, ... of a row of n elements.
 template <class Body>
-void with_vectors(int64_t vectors, const Body& body) {
-    static_assert(kRegisterVectors <= 3, "one case for each number of vectors");
-    if (vectors == 1) {
-        body(std::integral_constant<int, 1>{});
-    } else if (vectors == 2) {
-        body(std::integral_constant<int, 2>{});
-    } else if constexpr (kRegisterVectors == 3) {
-        body(std::integral_constant<int, 3>{});
-    }
+void sweep(int64_t n, const Body& body) {
+    int64_t i = 0;
+    for (; i + kLanes <= n; i += kLanes) body(i, Whole{});
+    if (i < n) body(i, Part{int(n - i)});
 }
 
-// Lane i of the result is lane `low` or, where (i & step) is set, `high`... of the two vectors.
-template <int step, bool second>
-Vector interleave(Vector a, Vector b) {
-    Integers lanes;
-    for (int i = 0; i < kLanes; ++i) {
-        const int own = second ? i | step : i & ~step;
-        lanes[i] = (i & step) ? kLanes + own : own;
-    }
-#ifdef __clang__
-    Vector out;
-    for (int i = 0; i < kLanes; ++i)
-        out[i] = lanes[i] < kLanes ? a[lanes[i]] : b[lanes[i] - kLanes];
-    return out;
-#else
-    return __builtin_shuffle(a, b, lanes);
-#endif
+// A row of scratch memory in the order of T's vectors as n elements of type T.
+template <class T>
+void write_row(T* out, const float* x, int64_t n) {
+    sweep(n, [=](int64_t i, auto extent) { store(out + i, load(x + i, Whole{}), extent); });
 }
 
-// One of the log2(kLanes) exchanges of a transposition: rows i and i + step swap their off-diagonal
-// pieces of `step` lanes.
-template <int step>
-void exchange(Vector* rows) {
-#pragma GCC unroll 16
-    for (int i = 0; i < kLanes; ++i) {
-        if (i & step) continue;
-        const Vector a = rows[i], b = rows[i + step];
-        rows[i] = interleave<step, false>(a, b);
-        rows[i + step] = interleave<step, true>(a, b);
-    }
-    if constexpr (step > 1) exchange<step / 2>(rows);
-}
-
-// out [columns][rows] = in [rows][columns]; both sizes multiples of kLanes.
-inline void transpose(const float* in, int64_t in_stride, int64_t rows, int64_t columns, float* out,
-                      int64_t out_stride) {
-    for (int64_t row = 0; row < rows; row += kLanes) {
-        for (int64_t column = 0; column < columns; column += kLanes) {
-            Vector block[kLanes];
-#pragma GCC unroll 16
-            for (int i = 0; i < kLanes; ++i)
-                block[i] = load_vector(in + (row + i) * in_stride + column);
-            exchange<kLanes / 2>(block);
-#pragma GCC unroll 16
-            for (int i = 0; i < kLanes; ++i)
-                store_vector(out + (column + i) * out_stride + row, block[i]);
-        }
-    }
-}
+constexpr int64_t padded(int64_t n) { return round_up(n, kLanes); }
 
 }  // namespace
 }  // namespace tim::cpu::TIM_ISA

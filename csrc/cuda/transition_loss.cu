@@ -211,7 +211,7 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
         const float squares = 2.0f * scale / float(channels * positions);
         const float cosines = scale / float(positions);
         float cosine_of[n];
-        math::Divisor F_norm[n], target_norm[n];
+        math::Divisor<float> F_norm[n], target_norm[n];
         if (cosine) {
             CosineSums<n> sums;
 #pragma unroll

@@ -6,20 +6,29 @@
 
 namespace tim::math {
 
-TIM_HD float gated_residual(float x, float gate, float y) { return x + gate * y; }
+template <class V>
+TIM_HD V gated_residual(V x, V gate, V y) {
+    return x + gate * y;
+}
 
-TIM_HD float gated_residual_tangent(float tx, float gate, float y, float tgate, float ty) {
+template <class V>
+TIM_HD V gated_residual_tangent(V tx, V gate, V y, V tgate, V ty) {
     return tx + (tgate * y + gate * ty);
 }
 
-TIM_HD float modulate(float xhat, float scale, float shift) {
+template <class V>
+TIM_HD V modulate(V xhat, V scale, V shift) {
     return xhat * (1.0f + scale) + shift;
 }
 
 // Gradient of xhat.
-TIM_HD float modulate_gradient(float dout, float scale) { return dout * (1.0f + scale); }
+template <class V>
+TIM_HD V modulate_gradient(V dout, V scale) {
+    return dout * (1.0f + scale);
+}
 
-TIM_HD float modulate_tangent(float xhat, float txhat, float scale, float tscale, float tshift) {
+template <class V>
+TIM_HD V modulate_tangent(V xhat, V txhat, V scale, V tscale, V tshift) {
     return txhat * (1.0f + scale) + (xhat * tscale + tshift);
 }
 

@@ -46,40 +46,52 @@ TIM_HD void store(BFloat16* p, float value) {
     p->bits = uint16_t((value == value ? rounded : 0x7fc00000u) >> 16);
 }
 
-// 1 + exp(x) within 2 ulp, infinite where it overflows, in plain arithmetic that a compiler can
-// vectorise: x = n ln 2 + r with |r| <= ln(2)/2, the polynomial of degree 6 with the smallest
-// relative error for exp(r), and 2^n put together from its bits.
-TIM_HD float one_plus_exp(float x) {
+// The formulas of this folder are templates: the CPU kernels instantiate them with vectors of
+// floats too, which bring their own overloads of the functions below.
+
+// low where x is less, x elsewhere: a NaN stays one.
+TIM_HD float not_below(float x, float low) { return x < low ? low : x; }
+TIM_HD float not_above(float x, float high) { return x > high ? high : x; }
+
+// Puts the low bits of x in the place of its exponent.
+TIM_HD float to_exponent(float x) { return from_bits(to_bits(x) << 23); }
+
+TIM_HD float square_root(float x) { return sqrtf(x); }
+
+// a b + c, rounded once.
+TIM_HD float fused_multiply_add(float a, float b, float c) { return fmaf(a, b, c); }
+
+// 1 + exp(x) within 2 ulp, infinite from x = 88.38 on, in plain arithmetic for vectors: x = n ln 2
+// + r with |r| <= ln(2)/2, the polynomial of degree 6 with the smallest relative error for exp(r),
+// and 2^n put together from its bits.
+template <class V>
+TIM_HD V one_plus_exp(V x) {
 #ifdef __CUDA_ARCH__
     return 1.0f + ::expf(x);
 #else
     constexpr float kLog2E = 1.44269504088896341f;
     constexpr float kLn2High = 0.693359375f;
     constexpr float kLn2Low = -2.12194440e-4f;
-    // Adding 1.5 * 2^23 leaves the nearest integer in the low bits of the sum; the 126 is the bias
-    // of the exponent of 2^(n-1), whose n, unlike that of 2^n, stays in range up to the overflow.
-    constexpr float kRound = 12582912.0f + 126.0f;
-    constexpr int32_t kOverflow = 0x4b4000ff;
-    // Below -87 the result is 1. From n = 129 on 2^(n-1) has the bits of infinity; that end is cut
-    // off as an integer because compilers turn two float comparisons into slow branches. A NaN
-    // fails the comparison and stays one.
-    x = x < -87.0f ? -87.0f : x;
-    int32_t bits = int32_t(to_bits(x * kLog2E + kRound));
-    bits = bits < kOverflow ? bits : kOverflow;
-    const float n = from_bits(uint32_t(bits)) - kRound;
-    const float r = (x - n * kLn2High) - n * kLn2Low;
-    float p = 1.384360716e-3f * r + 8.374195546e-3f;
+    // Adding 1.5 * 2^23 leaves the nearest integer in the low bits of the sum; 127 is the bias of
+    // an exponent. Within the bounds n goes from -126 to 128, where 2^n has the bits of infinity.
+    constexpr float kRound = 12582912.0f + 127.0f;
+    x = not_above(not_below(x, -87.0f), 89.0f);
+    const V shifted = x * kLog2E + kRound;
+    const V n = shifted - kRound;
+    const V r = (x - n * kLn2High) - n * kLn2Low;
+    V p = 1.384360716e-3f * r + 8.374195546e-3f;
     p = p * r + 4.166800529e-2f;
     p = p * r + 1.666643023e-1f;
     p = p * r + 4.999999404e-1f;
     p = p * r + 1.0f;
     p = p * r + 1.0f;
-    return 2.0f * (p * from_bits(uint32_t(bits) << 23)) + 1.0f;
+    return p * to_exponent(shifted) + 1.0f;
 #endif
 }
 
 // a / b. On a GPU within 2 ulp, and zero from |b| = 2^126 on: the exact division is a slow branch.
-TIM_HD float divide(float a, float b) {
+template <class V>
+TIM_HD V divide(V a, V b) {
 #ifdef __CUDA_ARCH__
     return __fdividef(a, b);
 #else
@@ -87,6 +99,9 @@ TIM_HD float divide(float a, float b) {
 #endif
 }
 
-TIM_HD float sigmoid(float x) { return divide(1.0f, one_plus_exp(-x)); }
+template <class V>
+TIM_HD V sigmoid(V x) {
+    return divide(V(1.0f), one_plus_exp(-x));
+}
 
 }  // namespace tim::math

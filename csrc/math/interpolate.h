@@ -5,6 +5,9 @@
 
 namespace tim::math {
 
-TIM_HD float combine(float c_x, float x, float c_z, float z) { return c_x * x + c_z * z; }
+template <class V>
+TIM_HD V combine(V c_x, V x, V c_z, V z) {
+    return c_x * x + c_z * z;
+}
 
 }  // namespace tim::math

@@ -18,11 +18,15 @@ TIM_HD float inverse_std(float sum_of_squares, float n, float eps) {
     return inverse_std(sum_of_squares / n, eps);
 }
 
-TIM_HD float normalise(float x, float mean, float rstd) { return (x - mean) * rstd; }
+template <class V>
+TIM_HD V normalise(V x, V mean, V rstd) {
+    return (x - mean) * rstd;
+}
 
 // One entry of J v, with J = rstd (I - 1 1^T / n - xhat xhat^T / n) the Jacobian of xhat. J is
 // symmetric, so this is the tangent of xhat for v = dx and the gradient of x for v = grad of xhat.
-TIM_HD float layer_norm_jacobian(float v, float xhat, float mean_v, float mean_xhat_v, float rstd) {
+template <class V>
+TIM_HD V layer_norm_jacobian(V v, V xhat, V mean_v, V mean_xhat_v, V rstd) {
     return rstd * (v - mean_v - xhat * mean_xhat_v);
 }
 

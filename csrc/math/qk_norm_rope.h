@@ -7,20 +7,34 @@
 
 namespace tim::math {
 
-TIM_HD float affine(float xhat, float weight, float bias) { return xhat * weight + bias; }
+template <class V>
+TIM_HD V affine(V xhat, V weight, V bias) {
+    return xhat * weight + bias;
+}
 
-// cos and sin point at the two channels of the pair; tables repeat each frequency, but need not.
+// cos_a belongs to the channel of a; tables repeat each frequency, but need not.
+template <class V>
+TIM_HD void rotate(V a, V b, V cos_a, V cos_b, V sin_a, V sin_b, V* out_a, V* out_b) {
+    *out_a = a * cos_a - b * sin_a;
+    *out_b = b * cos_b + a * sin_b;
+}
+
 TIM_HD void rotate(float a, float b, const float* cos, const float* sin, float* out_a,
                    float* out_b) {
-    *out_a = a * cos[0] - b * sin[0];
-    *out_b = b * cos[1] + a * sin[1];
+    rotate(a, b, cos[0], cos[1], sin[0], sin[1], out_a, out_b);
 }
 
 // The transpose of `rotate`: gradients of its outputs in, gradients of a and b out.
+template <class V>
+TIM_HD void rotate_transposed(V grad_a, V grad_b, V cos_a, V cos_b, V sin_a, V sin_b, V* da,
+                              V* db) {
+    *da = grad_a * cos_a + grad_b * sin_b;
+    *db = grad_b * cos_b - grad_a * sin_a;
+}
+
 TIM_HD void rotate_transposed(float grad_a, float grad_b, const float* cos, const float* sin,
                               float* da, float* db) {
-    *da = grad_a * cos[0] + grad_b * sin[1];
-    *db = grad_b * cos[1] - grad_a * sin[0];
+    rotate_transposed(grad_a, grad_b, cos[0], cos[1], sin[0], sin[1], da, db);
 }
 
 }  // namespace tim::math

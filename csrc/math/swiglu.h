@@ -6,19 +6,27 @@
 
 namespace tim::math {
 
-TIM_HD float swiglu(float gate, float up) { return divide(gate, one_plus_exp(-gate)) * up; }
+template <class V>
+TIM_HD V swiglu(V gate, V up) {
+    return divide(gate, one_plus_exp(-gate)) * up;
+}
 
-TIM_HD float silu_derivative(float gate, float s) { return s * (1.0f + gate * (1.0f - s)); }
+template <class V>
+TIM_HD V silu_derivative(V gate, V s) {
+    return s * (1.0f + gate * (1.0f - s));
+}
 
-TIM_HD void swiglu_backward(float grad, float gate, float up, float* dgate, float* dup) {
-    const float s = sigmoid(gate);
+template <class V>
+TIM_HD void swiglu_backward(V grad, V gate, V up, V* dgate, V* dup) {
+    const V s = sigmoid(gate);
     *dgate = grad * up * silu_derivative(gate, s);
     *dup = grad * (gate * s);
 }
 
-TIM_HD void swiglu_tangent(float gate, float up, float tgate, float tup, float* out, float* tout) {
-    const float s = sigmoid(gate);
-    const float silu = gate * s;
+template <class V>
+TIM_HD void swiglu_tangent(V gate, V up, V tgate, V tup, V* out, V* tout) {
+    const V s = sigmoid(gate);
+    const V silu = gate * s;
     *out = silu * up;
     *tout = tgate * up * silu_derivative(gate, s) + silu * tup;
 }

@@ -13,49 +13,61 @@ constexpr float kCosineEps = 1e-8f;
 
 // c d + c_minus d_minus. For the central difference, c_minus = -c, the nearly equal numbers are
 // subtracted before anything rounds them.
-TIM_HD float weighted_difference(float c, float d, float c_minus, float d_minus) {
+template <class V>
+TIM_HD V weighted_difference(V c, V d, V c_minus, V d_minus) {
     return c * (d - d_minus) + (c + c_minus) * d_minus;
 }
 
-TIM_HD float squared_error(float F, float target) { return (F - target) * (F - target); }
+template <class V>
+TIM_HD V squared_error(V F, V target) {
+    return (F - target) * (F - target);
+}
 
 TIM_HD float adaptive_weight(float time_weight, float denoising) {
     return time_weight / (denoising + kAdaptiveEps);
 }
 
-TIM_HD float clamped_norm(float sum_of_squares) {
-    const float norm = sqrtf(sum_of_squares);
-    return norm < kCosineEps ? kCosineEps : norm;
+template <class V>
+TIM_HD V clamped_norm(V sum_of_squares) {
+    return not_below(square_root(sum_of_squares), kCosineEps);
 }
 
-TIM_HD float cosine(float dot, float F_norm, float target_norm) {
+template <class V>
+TIM_HD V cosine(V dot, V F_norm, V target_norm) {
     return dot / (F_norm * target_norm);
 }
 
 // A number that many are divided by, where divisions are slow: the remainder of the product with
 // its inverse corrects it to the quotient.
+template <class V>
 struct Divisor {
-    float value, inverse;
+    V value, inverse;
 };
 
-TIM_HD Divisor make_divisor(float value) { return {value, 1.0f / value}; }
+template <class V>
+TIM_HD Divisor<V> make_divisor(V value) {
+    return {value, V(1.0f) / value};
+}
 
-TIM_HD float quotient(float a, float b) { return a / b; }
+template <class V>
+TIM_HD V quotient(V a, V b) {
+    return a / b;
+}
 
-TIM_HD float quotient(float a, Divisor b) {
-    const float q = a * b.inverse;
-    return fmaf(fmaf(-q, b.value, a), b.inverse, q);
+template <class V>
+TIM_HD V quotient(V a, Divisor<V> b) {
+    const V q = a * b.inverse;
+    return fused_multiply_add(fused_multiply_add(-q, b.value, a), b.inverse, q);
 }
 
 // d/dF of the two terms; `squares` and `cosines` are their weights, 2 scale / (C P) and scale / P.
 // The gradient of -cos is (cos u - v) / |F| with u and v the directions of F and target. They are
 // true quotients, as products with 1 / |F| would leave rounding noise where the difference is zero
 // (always with one channel), and dividing by a small |F| would make that noise large.
-template <class Number>
-TIM_HD float loss_gradient(float F, float target, float squares, float cosines, float cosine,
-                           Number F_norm, Number target_norm) {
-    const float across =
-        quotient(cosine * quotient(F, F_norm) - quotient(target, target_norm), F_norm);
+template <class V, class Norm>
+TIM_HD V loss_gradient(V F, V target, V squares, V cosines, V cosine, Norm F_norm,
+                       Norm target_norm) {
+    const V across = quotient(cosine * quotient(F, F_norm) - quotient(target, target_norm), F_norm);
     return squares * (F - target) + cosines * across;
 }
 
