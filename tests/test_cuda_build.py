@@ -78,7 +78,7 @@ def test_rows_too_long_for_registers_run_the_reference(name, shape, limit) -> No
         fits, too_long = (torch.empty(*shape, n, device="cuda") for n in (limit, limit + 2))
     assert dispatch.why_not(name, fits) is None
     reason = dispatch.why_not(name, too_long)
-    assert f"rows of up to {limit} in registers, got {list(too_long.shape)}" in reason
+    assert f"takes rows of up to {limit}, got {list(too_long.shape)}" in reason
 
 
 @with_cuda

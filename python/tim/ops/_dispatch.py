@@ -37,12 +37,14 @@ __all__ = [
     "DTYPE_CODES",
     "KERNEL_DTYPES",
     "KERNEL_OPS",
+    "OPERATORS",
     "Opaque",
     "Operator",
     "all_off",
     "backends",
     "check_shape",
     "check_tensors",
+    "direction_of",
     "drop_tangent_graph",
     "empty_like",
     "float32",
@@ -64,6 +66,8 @@ __all__ = [
 ]
 
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+#: By name; of two forms of one operation the first.
+OPERATORS: dict[str, Operator] = {}
 
 
 @dataclass(frozen=True)
@@ -86,6 +90,9 @@ class Operator:
     #: Reason why no kernel takes these arguments, beyond the table; None when one does.
     refuses: Callable[..., str | None] | None = None
 
+    def __post_init__(self) -> None:
+        OPERATORS.setdefault(self.name, self)
+
     def __call__(self, device: str | None, *arguments: object):
         """`device` is what `plain_device` says of the tensors among the arguments."""
         if device is not None and (results := self._straight(device, arguments)) is not None:
@@ -94,7 +101,7 @@ class Operator:
         if self.pair is None:
             refuse_tangents(self.name, *inputs)
         primals, tangents = split_tangents(*inputs)
-        direction = "tangent" if tangents else _direction(inputs)
+        direction = "tangent" if tangents else direction_of(inputs)
         if self._why_not(direction, arguments, tangents) is not None:
             return drop_tangent_graph(self.reference(*arguments))
         if tangents is None:
@@ -147,7 +154,8 @@ def _wants_gradient(tensors: Sequence[object]) -> bool:
     return False
 
 
-def _direction(inputs: Sequence[Tensor | None]) -> str:
+def direction_of(inputs: Sequence[Tensor | None]) -> str:
+    """Of a call without tangents, as the rules of the table name it."""
     records = torch.is_grad_enabled() and _wants_gradient(inputs)
     return "backward" if records else "forward"
 

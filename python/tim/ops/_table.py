@@ -61,11 +61,19 @@ class Rule:
     dtypes: tuple[torch.dtype, ...] = ()  #: all of the kernels where empty
     elements: tuple[int, int | None] = (0, None)  #: of the first tensor, from and up to
     width: tuple[int, int | None] = (0, None)  #: of its last dimension, from and up to
+    widths: tuple[int, ...] = ()  #: of its last dimension to which the rule does not apply
+
+    @property
+    def always(self) -> bool:
+        """Whether it holds for all sizes."""
+        return not self.widths and self.elements == self.width == (0, None)
 
     def covers(self, direction: str, dtype: torch.dtype) -> bool:
         return direction in self.directions and (not self.dtypes or dtype in self.dtypes)
 
     def holds(self, elements: int, width: int) -> bool:
+        if width in self.widths:
+            return False
         return _within(elements, self.elements) and _within(width, self.width)
 
 
@@ -76,8 +84,15 @@ def _within(value: int, bounds: tuple[int, int | None]) -> bool:
 
 #: Calls that a kernel cannot take.
 LIMITS: tuple[Rule, ...] = (
-    Rule("adaln", "cuda", "it holds rows of up to 8192 in registers", width=(8193, None)),
-    Rule("qk_norm_rope", "cuda", "it holds rows of up to 256 in registers", width=(257, None)),
+    Rule("adaln", "cuda", "the kernel takes rows of up to 8192", width=(8193, None)),
+    Rule(
+        "attention",
+        "cuda",
+        "the kernel is compiled for head dimensions of 64, 72, 96 and 128",
+        widths=(64, 72, 96, 128),
+    ),
+    Rule("attention", "cuda", "the kernel takes bfloat16 and float16", dtypes=(torch.float32,)),
+    Rule("qk_norm_rope", "cuda", "the kernel takes rows of up to 256", width=(257, None)),
 )
 #: Calls that a kernel was measured to be slower for. On a CPU with the kernels of this version
 #: there are none: see MEASURED. On a GPU nothing has been measured yet.
@@ -167,7 +182,11 @@ def choose(name: str, direction: str, device_type: str, dtype: torch.dtype) -> C
         return Choice(f"{device_type} kernels take {known}, got {dtype_name(dtype)}")
     rules = LIMITS if where != "auto" else LIMITS + SLOWER
     mine = [rule for rule in rules if (rule.operation, rule.device) == (name, device_type)]
-    return Choice(None, tuple([rule for rule in mine if rule.covers(direction, dtype)]))
+    mine = [rule for rule in mine if rule.covers(direction, dtype)]
+    for rule in mine:
+        if rule.always:
+            return Choice(f"{rule.reason}, got {dtype_name(dtype)}")
+    return Choice(None, tuple(mine))
 
 
 #: `choose` for calls outside of graphs being compiled: dynamo does not look into caches.

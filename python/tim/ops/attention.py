@@ -21,9 +21,6 @@ BACKENDS = ("auto", "kernel", "sdpa", "flash_attn", "reference")
 #: Who computes the forward pass where our kernels run: the fastest that was measured on a CPU
 #: (docs/attention.md). On a GPU nothing was measured yet, and PyTorch's is taken.
 FASTEST_FORWARD = {"cpu": "kernel", "cuda": "sdpa"}
-#: Head dimensions that the CUDA kernels are compiled for, and their dtypes.
-CUDA_HEAD_DIMS = (64, 72, 96, 128)
-CUDA_DTYPES = (torch.bfloat16, torch.float16)
 
 
 def attention(
@@ -181,17 +178,6 @@ def _packing(
     return *offsets, longest_q, longest_k
 
 
-def _why_no_kernel(q: Tensor, k: Tensor, v: Tensor) -> str | None:
-    reason = dispatch.why_not("attention", q, k, v)
-    if reason is not None or q.device.type != "cuda":
-        return reason
-    if q.dtype not in CUDA_DTYPES:
-        return f"the cuda kernels of attention take bfloat16 and float16, got {q.dtype}"
-    if q.shape[-1] not in CUDA_HEAD_DIMS:
-        return f"the cuda kernels of attention take head dimensions {CUDA_HEAD_DIMS}"
-    return None
-
-
 def _choose(
     primals: tuple[Tensor, ...],
     tangents: tuple[Tensor | None, ...] | None,
@@ -205,7 +191,8 @@ def _choose(
         return "reference"  # its operations have rules for torch.func, ours have none
     if backend == "reference":
         return backend
-    reason = _why_no_kernel(*primals)
+    direction = "tangent" if moving else dispatch.direction_of(primals)
+    reason = dispatch.why_not("attention", *primals, direction=direction)
     source = backend
     if backend == "auto" and reason is not None:
         source = "sdpa"
