@@ -6,6 +6,7 @@ import dataclasses
 import importlib.metadata
 import os
 import platform
+import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -20,7 +21,8 @@ class Info:
     """Versions, the compiled extension, devices and threads."""
 
     ops: bool = False
-    """Only the table of operations: which run on a compiled kernel, and why not the others."""
+    """Only the table of operations: what runs on a compiled kernel, in which directions, for which
+    dtypes and sizes, and why the rest does not."""
     preset: str | None = None
     """Only the memory that training this preset needs on each rank, by estimate."""
     batch: int | None = None
@@ -36,7 +38,8 @@ def main(arguments: list[str]) -> int:
     from tim.cli import parse
 
     command = parse(Info, "tim info", arguments)
-    console = Console(soft_wrap=True)
+    # A file has no width: wrapping the columns to 80 there would only make them hard to read.
+    console = Console(soft_wrap=True, width=None if sys.stdout.isatty() else 180)
     if command.preset is not None:
         config = _preset(command)
         headings, *rows = memory.table(config, command.ranks)
@@ -51,10 +54,16 @@ def main(arguments: list[str]) -> int:
             "encoders of captions and features."
         )
         return 0
-    if not command.ops:
+    if command.ops:
+        headings = ("operation", "on", "directions", "kernel for", "PyTorch for")
+        console.print(_table(headings, table()))
+        console.print()
+        console.print(_table(("", ""), evidence()))
+    else:
         console.print(_table(("", ""), facts()))
         console.print()
-    console.print(_table(("operation", "cpu", "cuda"), operations()))
+        console.print(_table(("operation", "cpu", "cuda"), operations()))
+        console.print("\n`tim info --ops` tells directions, dtypes and sizes, and why.")
     return 0
 
 
@@ -109,31 +118,45 @@ def facts() -> list[tuple[str, str]]:
         ("python", f"{platform.python_version()} on {platform.system()} {platform.machine()}"),
         *((name, _version(name)) for name in PACKAGES),
         *extension,
+        ("TIM_KERNELS", tim.ops.in_force()),
         ("threads", f"{torch.get_num_threads()} of {os.cpu_count()} processors"),
         *(devices or [("cuda", "no device that torch can see")]),
     ]
 
 
 def operations() -> list[tuple[str, str, str]]:
-    """(operation, what runs on a cpu, what runs on a CUDA device) for each operation."""
+    """(operation, what runs on a cpu, what runs on a CUDA device) for each operation, in short."""
     from tim import ops
 
+    kernels: dict[str, dict[str, bool]] = {}
+    for entry in ops.overview():
+        found = kernels.setdefault(entry.operation, dict.fromkeys(ops.DEVICES, False))
+        found[entry.device] |= bool(entry.kernel)
     return [
-        (name, *(_backend(name, device, devices) for device in ("cpu", "cuda")))
-        for name, devices in ops.available().items()
+        (name, *("kernel" if found[device] else "PyTorch" for device in ops.DEVICES))
+        for name, found in kernels.items()
     ]
 
 
-def _backend(name: str, device: str, devices: tuple[str, ...]) -> str:
-    from tim import _extension
+def table() -> list[tuple[str, ...]]:
+    """(operation, device, directions, dtypes on a kernel, what is not and why)."""
+    from tim import ops
 
-    if os.environ.get("TIM_KERNELS", "").lower() == "off":
-        return "PyTorch (TIM_KERNELS=off)"
-    if device in devices:
-        return "kernel"
-    if _extension.kernels(device) is None:
-        return f"PyTorch ({device} kernels not built)"
-    return "PyTorch (no kernel for it)"
+    return [
+        (e.operation, e.device, ", ".join(e.directions), ", ".join(e.kernel) or "-", e.otherwise)
+        for e in ops.overview()
+    ]
+
+
+def evidence() -> list[tuple[str, str]]:
+    """What the table rests on, and what overrides it."""
+    from tim import ops
+
+    measured = [
+        (f"{device} choices", f"rest on {source}" if source else "not yet measured")
+        for device, source in ops.MEASURED.items()
+    ]
+    return [*measured, ("TIM_KERNELS", ops.in_force())]
 
 
 def _version(package: str) -> str:

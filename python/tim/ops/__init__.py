@@ -6,7 +6,16 @@ them. Tangents are exact but not themselves differentiable: they keep no autogra
 The operations registered under `torch.ops.tim` are private: called bare, they have no tangent.
 """
 
-from tim.ops._table import KERNEL_OPS, backends, kernels, reference_only
+from tim.ops._overview import Entry, overview
+from tim.ops._table import (
+    DEVICES,
+    KERNEL_OPS,
+    MEASURED,
+    backends,
+    in_force,
+    kernels,
+    reference_only,
+)
 from tim.ops.adaln import adaln, adaln_reference, gated_adaln, gated_adaln_reference
 from tim.ops.attention import attention, attention_reference
 from tim.ops.grouped_linear import grouped_linear, grouped_linear_reference
@@ -22,7 +31,10 @@ from tim.ops.transition_loss import (
 )
 
 __all__ = [
+    "DEVICES",
     "KERNEL_OPS",
+    "MEASURED",
+    "Entry",
     "Operand",
     "Pair",
     "TransitionLossTerms",
@@ -35,10 +47,12 @@ __all__ = [
     "gated_adaln_reference",
     "grouped_linear",
     "grouped_linear_reference",
+    "in_force",
     "interpolate",
     "interpolate_reference",
     "kernels",
     "linear",
+    "overview",
     "qk_norm_rope",
     "qk_norm_rope_reference",
     "reference_only",
