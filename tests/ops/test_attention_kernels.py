@@ -283,3 +283,28 @@ def test_exponentials_are_within_two_ulp():
     # The argument of the power is rounded once, which counts |x| / 2 ulp of the result.
     ulp = torch.finfo(torch.float32).eps * (2 + x.double().abs() / 2 * math.log2(math.e))
     assert ((weight - exact).abs() <= ulp * exact).all()
+
+
+@pytest.mark.filterwarnings("ignore:Input .* is not a double precision")
+@pytest.mark.parametrize("sizes", [(2, 5, 3, 2, 8), (1, 19, 4, 1, 12)], ids=str)
+@pytest.mark.parametrize("packed", [False, True])
+def test_gradcheck_in_float32(sizes, packed):
+    """Gradient and tangent of the kernels against differences of the kernels' own values."""
+    batch, n, m, heads, head_dim = sizes
+    inputs = random(*[(1 if packed else batch, rows, heads, head_dim) for rows in (n, m, m)])
+    rows = {}
+    if packed:
+        rows = {
+            "cu_seqlens_q": torch.tensor([0, 2, 2, n]),
+            "cu_seqlens_k": torch.tensor([0, 2, 3, m]),
+        }
+
+    def function(*qkv: Tensor) -> Tensor:
+        return ops.attention(*qkv, **rows, backend="kernel")
+
+    # The step that is best for central differences, and ten times the error that they have then.
+    ulp = torch.finfo(torch.float32).eps
+    assert torch.autograd.gradcheck(
+        function, [x.requires_grad_() for x in inputs], check_forward_ad=True,
+        eps=ulp ** (1 / 3), atol=10 * ulp ** (2 / 3), rtol=0,
+    )  # fmt: skip
