@@ -308,3 +308,31 @@ def test_gradcheck_in_float32(sizes, packed):
         function, [x.requires_grad_() for x in inputs], check_forward_ad=True,
         eps=ulp ** (1 / 3), atol=10 * ulp ** (2 / 3), rtol=0,
     )  # fmt: skip
+
+
+#: (B, N, M, H, D), and who computes the forward and the backward pass in float32.
+CHOICES = {
+    (2, 1, 40, 2, 24): ("torch", "torch"),
+    (2, 3, 40, 2, 24): ("torch", "kernel"),
+    (2, 4, 40, 2, 24): ("kernel", "kernel"),
+    (2, 3, 15, 2, 24): ("kernel", "kernel"),
+    (2, 20, 1, 2, 24): ("kernel", "torch"),
+    (1, 200, 200, 1, 256): ("kernel", "torch"),
+    (1, 200, 200, 2, 256): ("kernel", "kernel"),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("size", CHOICES, ids=str)
+def test_pytorch_computes_what_it_was_measured_to_be_faster_for(size, dtype, monkeypatch):
+    batch, n, m, heads, head_dim = size
+    qkv = random(*[(batch, rows, heads, head_dim) for rows in (n, m, m)], dtype=dtype)
+    launched = []
+    launch = dispatch.launch
+    monkeypatch.setattr(
+        dispatch, "launch", lambda name, *rest: (launched.append(name), launch(name, *rest))
+    )
+    ops.attention(*[x.requires_grad_() for x in qkv]).sum().backward()
+    wanted = CHOICES[size] if dtype == torch.float32 else ("kernel", "kernel")
+    names = ("attention", "attention_backward")
+    assert launched == [name for name, who in zip(names, wanted, strict=True) if who == "kernel"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import multiprocessing
 import traceback
 from collections.abc import Callable
@@ -163,8 +164,10 @@ SHAPES = (
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("kernels", [True, False])
-def test_recomputing_without_tangents_what_was_computed_with_them(kernels, dtype, shape):
+@pytest.mark.parametrize(
+    ("kernels", "backend"), [(True, "auto"), (True, "sdpa"), (False, "auto"), (False, "sdpa")]
+)
+def test_recomputing_without_tangents_what_was_computed_with_them(kernels, backend, dtype, shape):
     """Activation checkpointing keeps no tangents: the passes have to save the same tensors."""
     *_, heads, head_dim = shape
     generator = torch.Generator().manual_seed(0)
@@ -174,11 +177,12 @@ def test_recomputing_without_tangents_what_was_computed_with_them(kernels, dtype
     )
     tangents = [t[1:] for t in moves]
     kept = []
+    attention = functools.partial(ops.attention, backend=backend)
 
     def run(*qkv: Tensor) -> Tensor:
         if kept:
-            return ops.attention(*qkv)
-        out = ops.attention(*(ops.Pair(x, t) for x, t in zip(qkv, tangents, strict=True)))
+            return attention(*qkv)
+        out = attention(*(ops.Pair(x, t) for x, t in zip(qkv, tangents, strict=True)))
         kept.append(out.tangent)
         return out.primal
 
@@ -189,8 +193,8 @@ def test_recomputing_without_tangents_what_was_computed_with_them(kernels, dtype
 
     with nullcontext() if kernels else ops.reference_only():
         actual = results(lambda *qkv: checkpoint(run, *qkv, use_reentrant=False))
-        for i, values in enumerate(zip(actual, results(ops.attention), strict=True)):
-            assert torch.equal(*values), f"result {i}"
+        for values in zip(actual, results(attention), strict=True):
+            torch.testing.assert_close(*values)  # another forward pass may round otherwise
     assert len(kept) == 1 and (kept[0].abs().max() > 0 or shape[2] == 1)
 
 

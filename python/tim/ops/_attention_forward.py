@@ -26,6 +26,11 @@ FLASH_MODULES = {
     "flash_attn": ((8, 0), (12, 9)),
 }
 FLASH_DTYPES = (torch.bfloat16, torch.float16)
+#: Where PyTorch is faster than our CPU kernels, in float32 (docs/attention.md): forward where fewer
+#: queries than this meet so many keys; backward where there is one query or one key, or one head of
+#: one sample (our kernel works on different heads at a time) of more multiply-adds than this.
+FEW_QUERIES, MANY_KEYS = 4, 16
+ONE_HEAD = 1 << 23
 
 
 def by_sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
@@ -37,6 +42,33 @@ def by_sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tens
     else:
         out, lse = _by_sdpa_on_cuda(*operands, scale)
     return out.transpose(1, 2).contiguous(), _checked(lse, q, k, scale)
+
+
+def sdpa_is_faster(q: Tensor, k: Tensor) -> bool:
+    """Whether `by_sdpa` was measured to take less time than our kernel."""
+    if q.device.type != "cpu" or q.dtype != torch.float32:
+        return False
+    return q.shape[1] < FEW_QUERIES and k.shape[1] >= MANY_KEYS
+
+
+def sdpa_backward_is_faster(q: Tensor, k: Tensor) -> bool:
+    """Whether `backward_by_sdpa` was measured to take less time than our kernel."""
+    if q.device.type != "cpu" or q.dtype != torch.float32:
+        return False
+    batch, tokens, heads, head_dim = q.shape
+    if tokens == 1 or k.shape[1] == 1:
+        return True
+    return batch * heads == 1 and tokens * k.shape[1] * head_dim > ONE_HEAD
+
+
+def backward_by_sdpa(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k and v on a CPU, from an output and L of whatever forward pass."""
+    operands = [_unit_stride(x).transpose(1, 2) for x in (grad, q, k, v, out)]
+    flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+    gradients = flash(*operands, lse, 0.0, False, scale=scale)
+    return tuple(gradient.transpose(1, 2).contiguous() for gradient in gradients)
 
 
 def _by_sdpa_on_cuda(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor | None]:

@@ -134,6 +134,8 @@ def _backward(
     max_k: int,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    if cu_seqlens_q is None and q.numel() and forward.sdpa_backward_is_faster(q, k):
+        return forward.backward_by_sdpa(grad, q, k, v, out, lse, scale)
     gradients = _backward_fake(grad, q, k, v)
     if not q.numel():
         return gradients[0], gradients[1].zero_(), gradients[2].zero_()

@@ -198,6 +198,8 @@ def _choose(
         source = "sdpa"
     elif backend == "auto":
         source = FASTEST_FORWARD[primals[0].device.type] if packing is None else "kernel"
+        if packing is None and not moving and forward.sdpa_is_faster(*primals[:2]):
+            source = "sdpa"
     if source == "flash_attn" and reason is None:
         reason = forward.why_no_flash_attn(primals[0])
     if source != "sdpa":
@@ -207,8 +209,9 @@ def _choose(
     if packing is not None:
         # One sequence after the other needs their lengths, which a compiler does not know.
         return "reference" if torch.compiler.is_compiling() else "pytorch"
-    # PyTorch's forward has PyTorch's own gradient, unless we need its log-sum-exp anyway.
-    return source if moving and reason is None else "pytorch"
+    # With our own backward pass wherever the kernels can run, tangents or not: activation
+    # checkpointing leaves tangents out when it recomputes, and then has to find the same saved.
+    return source if reason is None else "pytorch"
 
 
 def _by_kernels(
