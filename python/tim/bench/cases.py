@@ -9,7 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from tim import ops
 
@@ -57,15 +59,23 @@ SIZES: dict[str, tuple[Size, ...]] = {
         Size("xl2-512", 16, 1024, 16, 72, 3072, (4, 64, 64), 256),
     ),
 }
+#: Heads of one sample, by sequence length: on a CPU calls of a few milliseconds to a second.
+_HEADS = {
+    "cpu": {64: 64, 256: 16, 1024: 4, 4096: 1, 16384: 1},
+    "cuda": dict.fromkeys((64, 256, 1024, 4096, 16384), 16),
+}
 #: Sequence lengths and head widths beyond those of the models, for attention alone.
 ATTENTION_SIZES: dict[str, tuple[Size, ...]] = {
-    "cpu": (),
-    "cuda": tuple(
-        Size(f"n{tokens}-d{dim}", max(1, 16384 // tokens), tokens, 16, dim, 0, (0, 0, 0), 0)
+    device: tuple(
+        Size(f"n{tokens}-d{dim}", max(1, 16384 // tokens) if device == "cuda" else 1, tokens,
+             heads, dim, 0, (0, 0, 0), 0)
         for dim in (64, 72, 128)
-        for tokens in (4096, 16384)
-    ),
-}
+        for tokens, heads in _HEADS[device].items()
+    )
+    for device in _HEADS
+}  # fmt: skip
+#: Longer than this, a size is measured on a CPU only when it is named: seconds for each call.
+LONGEST_ON_CPU = 4096
 
 #: Random tensor of a shape: in the dtype under test, or in float32 where that is what the network
 #: hands over whatever its dtype.
@@ -88,6 +98,8 @@ class Operation:
     saved: Callable[[Sequence[Tensor], Sequence[Tensor]], Sequence[Tensor]] = (
         lambda inputs, outputs: inputs
     )
+    #: The reference for float64, where the reference itself would need too much memory.
+    exact: Callable | None = None
     #: FLOPs of the matrix products, for operations bound by them.
     flops: Callable[[Size], dict[str, float]] | None = None
 
@@ -96,8 +108,12 @@ class Operation:
         has = {"forward": True, "backward": self.differentiable, "tangent": self.with_tangent}
         return tuple(direction for direction in DIRECTIONS if has[direction])
 
-    def sizes(self, device: str) -> tuple[Size, ...]:
-        return SIZES[device] + (ATTENTION_SIZES[device] if self.kernel == "attention" else ())
+    def sizes(self, device: str, named: bool = True) -> tuple[Size, ...]:
+        """Its sizes on a device; `named`: those too that are measured only when they are named."""
+        sizes = SIZES[device] + (ATTENTION_SIZES[device] if self.kernel == "attention" else ())
+        if named or device != "cpu":
+            return sizes
+        return tuple(size for size in sizes if size.tokens <= LONGEST_ON_CPU)
 
 
 def _modulation(size: Size, draw: Draw, count: int) -> list[Tensor]:
@@ -128,6 +144,17 @@ def _qk_norm_rope(size: Size, draw: Draw) -> list[Tensor]:
 
 def _attention(size: Size, draw: Draw) -> list[Tensor]:
     return [draw(size.batch, size.tokens, size.heads, size.head_dim) for _ in range(3)]
+
+
+def _attention_in_rows(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """The reference for some queries after the other, scores computed again for the backward."""
+    parts = [
+        checkpoint(ops.attention_reference, rows, k, v, use_reentrant=False)
+        if torch.is_grad_enabled()
+        else ops.attention_reference(rows, k, v)
+        for rows in q.split(1024, dim=1)
+    ]
+    return torch.cat(parts, dim=1)
 
 
 def _attention_flops(size: Size) -> dict[str, float]:
@@ -193,7 +220,8 @@ OPERATIONS: tuple[Operation, ...] = (
     Operation("swiglu", "swiglu", ops.swiglu, ops.swiglu_reference, _swiglu,
               differentiable=(0, 1), with_tangent=(0, 1)),
     Operation("attention", "attention", ops.attention, ops.attention_reference, _attention,
-              differentiable=(0, 1, 2), with_tangent=(0, 1, 2), flops=_attention_flops),
+              differentiable=(0, 1, 2), with_tangent=(0, 1, 2), exact=_attention_in_rows,
+              flops=_attention_flops),
     Operation("transition_loss", "transition_loss", _loss_with_derivative(ops.transition_loss),
               _loss_with_derivative(ops.transition_loss_reference), _transition_loss(1),
               differentiable=(0,), differentiable_outputs=1, saved=_F_and_target),

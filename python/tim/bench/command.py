@@ -17,7 +17,7 @@ import torch
 
 from tim.bench import machine, report, table
 from tim.bench.cases import DIRECTIONS, OPERATIONS, operations_of
-from tim.bench.measure import Settings, measure
+from tim.bench.measure import Rivals, Settings, measure
 from tim.bench.parser import Parser
 from tim.bench.report import Row
 
@@ -40,10 +40,15 @@ class Case:
     make: Callable[[], Row]
 
 
-def main(arguments: Sequence[str] | None = None, peers: Peers | None = None) -> int:
+def main(
+    arguments: Sequence[str] | None = None,
+    peers: Peers | None = None,
+    rivals: Rivals | None = None,
+) -> int:
     """Measure what the command line asks for; 0, or 1 when a measurement failed.
 
-    `peers` adds other implementations to the comparison of whole steps.
+    `peers` adds other implementations to the comparison of whole steps, `rivals` to that of
+    operations.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if arguments[:1] == ["launches"]:
@@ -56,7 +61,7 @@ def main(arguments: Sequence[str] | None = None, peers: Peers | None = None) -> 
     if device.type == "cpu":
         torch.set_num_threads(options.threads)
     try:
-        cases = _cases(options, Settings(device, options.seconds, options.compile), peers)
+        cases = _cases(options, Settings(device, options.seconds, options.compile), peers, rivals)
     except ValueError as error:
         parser.error(str(error))
     with _own_stream(device):
@@ -85,7 +90,12 @@ def main(arguments: Sequence[str] | None = None, peers: Peers | None = None) -> 
     return 1 if run["failures"] else 0
 
 
-def _cases(options: argparse.Namespace, settings: Settings, peers: Peers | None) -> list[Case]:
+def _cases(
+    options: argparse.Namespace,
+    settings: Settings,
+    peers: Peers | None,
+    rivals: Rivals | None,
+) -> list[Case]:
     """All that the options name. Raises ValueError for an unknown name, or when nothing is left."""
     names = options.names or OPERATION_NAMES
     cases = [
@@ -94,7 +104,7 @@ def _cases(options: argparse.Namespace, settings: Settings, peers: Peers | None)
         for case in (
             _networks(name, options, settings, peers)
             if name in ("step", "sampling")
-            else _operations(name, options, settings)
+            else _operations(name, options, settings, rivals)
         )
     ]
     if options.sizes:
@@ -108,15 +118,18 @@ def _cases(options: argparse.Namespace, settings: Settings, peers: Peers | None)
     return cases
 
 
-def _operations(kernel: str, options: argparse.Namespace, settings: Settings) -> Iterator[Case]:
+def _operations(
+    kernel: str, options: argparse.Namespace, settings: Settings, rivals: Rivals | None
+) -> Iterator[Case]:
     kind = settings.device.type
     for operation in operations_of(kernel):
+        sizes = operation.sizes(kind, named=bool(options.sizes))
         for size, dtype, direction in itertools.product(
-            operation.sizes(kind), options.dtypes or _DEFAULT_DTYPES[kind], operation.directions
+            sizes, options.dtypes or _DEFAULT_DTYPES[kind], operation.directions
         ):
             if direction in options.directions:
                 make = functools.partial(
-                    measure, operation, size, DTYPES[dtype], direction, settings
+                    measure, operation, size, DTYPES[dtype], direction, settings, rivals
                 )
                 name = f"{operation.name} {size.name} {dtype} {direction}"
                 yield Case(name, size.name, dtype, make)

@@ -23,6 +23,10 @@ L2_MULTIPLE = 3
 MAX_SETS = 64
 
 
+#: Others' implementations by name, called as ours is: of an operation, a direction, a device.
+Rivals = Callable[[str, str, torch.device], dict[str, Callable]]
+
+
 @dataclass(frozen=True)
 class Settings:
     """How to measure."""
@@ -33,9 +37,14 @@ class Settings:
 
 
 def measure(
-    operation: Operation, size: Size, dtype: torch.dtype, direction: str, settings: Settings
+    operation: Operation,
+    size: Size,
+    dtype: torch.dtype,
+    direction: str,
+    settings: Settings,
+    rivals_of: Rivals | None = None,
 ) -> Row:
-    """The operation, its reference, torch.compile of that, and a copy of as many bytes.
+    """The operation, its reference, torch.compile of that, rivals, and a copy of as many bytes.
 
     A rival that fails (no memory for it, no compiler) is left out with a note.
     """
@@ -60,6 +69,8 @@ def measure(
         else:
             notes.append(reason)
 
+    if rivals_of is not None:
+        rivals |= rivals_of(operation.name, direction, device)
     functions: dict[str, Calls] = {}
     peaks: dict[str, int] = {}
     errors: dict[str, float] = {}

@@ -10,6 +10,8 @@ _OPERATION_HEADINGS = (
     "operation", "size", "dtype", "direction", "runs on", "time", "spread", "reference", "compile",
     "attained", "cache", "error", "ref. error", "memory",
 )  # fmt: skip
+#: Candidates that have columns of the table of operations.
+_USUAL = {"tim", "reference", "compile"}
 #: Whole steps by benchmark, and what their errors are of.
 _STEPS = {"step": "derivative error", "sampling": "error"}
 
@@ -24,6 +26,7 @@ def show(result: dict) -> None:
     if operations:
         lines = [operation_cells(row, _matmul_rate(result, row)) for row in operations]
         show_table(_OPERATION_HEADINGS, lines)
+    show_rivals(result)
     show_steps(result)
     for note in dict.fromkeys(
         f"{row['benchmark']} {row['size']} {row['dtype']} {row['direction']}: {note}"
@@ -31,6 +34,36 @@ def show(result: dict) -> None:
         for note in row["notes"]
     ):
         print(f"note: {note}")
+
+
+def show_rivals(result: dict) -> None:
+    """Print a line for each candidate where there are more than ours and the reference."""
+    rows = [
+        row
+        for row in result["rows"]
+        if row["benchmark"] not in _STEPS and set(row["candidates"]) - _USUAL
+    ]
+    headings = (
+        "operation", "size", "dtype", "direction", "by", "time", "spread", "first / this",
+        "TFLOP/s", "memory", "error",
+    )  # fmt: skip
+    if rows:
+        show_table(headings, [cells for row in rows for cells in rival_cells(row)])
+
+
+def rival_cells(row: dict) -> list[tuple[str, ...]]:
+    """A line for each candidate; FLOPs are those of the operation, whatever a rival computes."""
+    first = next(iter(row["candidates"].values()))["times"]["median"]
+    return [
+        (
+            *(row[key] for key in ("benchmark", "size", "dtype", "direction")), name,
+            seconds(c["times"]["median"]), spread(c["times"]),
+            f"{first / c['times']['median']:.2f}",
+            f"{row['flops'] / c['times']['median'] / 1e12:.3g}" if row["flops"] else MISSING,
+            size(c["peak_bytes"]), number(c["error"]),
+        )
+        for name, c in row["candidates"].items()
+    ]  # fmt: skip
 
 
 def show_steps(result: dict) -> None:
