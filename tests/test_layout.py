@@ -21,7 +21,7 @@ PLACES = {
 WITHOUT_CUDA = {"attention"}
 #: Lowest first; a module may import from its own layer and those below it. Every module is in one.
 LAYERS = (
-    ("_checks", "_extension", "_flags"),
+    ("_checks", "_extension", "_flags", "_imports"),
     ("ops",),
     ("models",),
     ("transports",),

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import importlib
 import inspect
 from typing import Any
 
 import torch
 import torch.nn.functional as torch_f
 from torch import Tensor, nn
+
+from tim._imports import network_at
 
 EXTRA = "transition-models[t2i]"
 PATCH = 16
@@ -61,7 +62,11 @@ class FeatureEncoder:
             ValueError: there is no such encoder.
             TypeError: the attribute makes no nn.Module.
         """
-        encoder = _imported(name) if ":" in name else _from_transformers(name)
+        if ":" in name:
+            module = network_at(name, "features")
+            encoder = FeatureEncoder(module, patch_size=getattr(module, "patch_size", PATCH))
+        else:
+            encoder = _from_transformers(name)
         encoder.module.to(device=device, dtype=dtype)
         return encoder
 
@@ -102,21 +107,6 @@ def _states(output: Any) -> Tensor:
             f"the feature encoder must answer with a tensor [B, N, K] or [B, K, h, w], got {shape}"
         )
     return output
-
-
-def _imported(name: str) -> FeatureEncoder:
-    path, _, attribute = name.partition(":")
-    try:
-        made = getattr(importlib.import_module(path), attribute)
-    except ImportError as error:
-        raise ImportError(f"features {name}: {error}") from None
-    except AttributeError:
-        raise ValueError(f"features {name}: module {path} has no {attribute}") from None
-    if not isinstance(made, nn.Module):
-        made = made()
-    if not isinstance(made, nn.Module):
-        raise TypeError(f"features {name} must make an nn.Module, got {type(made).__name__}")
-    return FeatureEncoder(made, patch_size=getattr(made, "patch_size", PATCH))
 
 
 def _from_transformers(name: str) -> FeatureEncoder:
