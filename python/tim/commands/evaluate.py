@@ -36,9 +36,9 @@ def main(arguments: list[str]) -> int:
     from rich.console import Console
     from rich.table import Table
 
-    from tim.evaluate import evaluate
+    from tim.evaluate import classifier_quality
 
-    quality = evaluate(
+    quality = classifier_quality(
         command.run,
         steps=command.steps,
         samples=command.samples,

@@ -6,7 +6,7 @@ import pytest
 from tim import presets
 from tim.cli import run as command
 from tim.config import DataConfig, TrainConfig
-from tim.evaluate import Quality, evaluate, plot
+from tim.evaluate.classifier import Quality, classifier_quality, plot
 from tim.models import TiMConfig
 from tim.trainer import Trainer
 
@@ -68,14 +68,14 @@ def test_plot_shows_every_step_count():
 
 def test_bad_input(trained, tmp_path):
     with pytest.raises(ValueError, match="steps must be positive"):
-        evaluate(trained, steps=(0,))
+        classifier_quality(trained, steps=(0,))
     with pytest.raises(ValueError, match="samples must be at least 2, got 1"):
-        evaluate(trained, samples=1)
+        classifier_quality(trained, samples=1)
     with pytest.raises(FileNotFoundError):
-        evaluate(tmp_path)
+        classifier_quality(tmp_path)
     config = presets.get("digits", train=dataclasses.replace(presets.get("digits").train, steps=1))
     config.save(tmp_path / "config.yaml")
     with pytest.raises(FileNotFoundError, match="has no checkpoint yet"):
-        evaluate(tmp_path)
+        classifier_quality(tmp_path)
     presets.get("digits", data=DataConfig(kind="folder", path=".")).save(tmp_path / "config.yaml")
     assert command(["evaluate", str(tmp_path)]) == 2

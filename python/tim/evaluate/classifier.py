@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import os
 from collections.abc import Sequence
@@ -15,6 +14,8 @@ from torch import Tensor
 
 from tim.config import RunConfig
 from tim.data import Dataset, build_dataset
+from tim.evaluate.report import not_better
+from tim.evaluate.store import write_whole
 from tim.frechet import Classifier, frechet_distance, train_classifier
 
 #: Images a classifier is trained on and samples are compared with, at most.
@@ -45,11 +46,10 @@ class Quality:
 
     def not_better(self) -> list[tuple[int, int]]:
         """Pairs of neighbouring step counts at which more steps did not lower the distance."""
-        pairs = list(zip(self.steps, self.distance, strict=True))
-        return [(a, b) for (a, da), (b, db) in itertools.pairwise(pairs) if db >= da]
+        return not_better(self.steps, self.distance)
 
 
-def evaluate(
+def classifier_quality(
     run: str | os.PathLike,
     *,
     steps: Sequence[int] = (1, 2, 4, 8, 16, 32),
@@ -180,16 +180,10 @@ def sample_all(
 
 def write(quality: Quality, folder: Path) -> None:
     """quality.json and quality.png in `folder`, each whole or not at all."""
-    for name, save in (
-        (
-            "quality.json",
-            lambda path: path.write_text(json.dumps(asdict(quality), indent=1) + "\n"),
-        ),
-        ("quality.png", lambda path: plot(quality).savefig(path, dpi=120, format="png")),
-    ):
-        temporary = folder / f"{name}.tmp-{os.getpid()}"
-        save(temporary)
-        os.replace(temporary, folder / name)
+    text = json.dumps(asdict(quality), indent=1) + "\n"
+    write_whole(folder / "quality.json", lambda path: path.write_text(text))
+    picture = plot(quality)
+    write_whole(folder / "quality.png", lambda path: picture.savefig(path, dpi=120, format="png"))
 
 
 def plot(quality: Quality):
