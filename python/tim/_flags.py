@@ -19,7 +19,7 @@ def comma_separated_ints(text: str) -> tuple[int, ...]:
 
 
 if tyro is None:
-    IntList, Hidden = tuple[int, ...], str
+    IntList, NameList, Hidden = tuple[int, ...], tuple[str, ...], str
 else:
     #: A tuple of ints that is one word on the command line: `--steps 1,2,4`.
     IntList = Annotated[
@@ -30,6 +30,17 @@ else:
             instance_from_str=lambda words: comma_separated_ints(words[0]),
             is_instance=lambda value: isinstance(value, tuple),
             str_from_instance=lambda value: [",".join(map(str, value))],
+        ),
+    ]
+    #: The same of names: `--metrics fid,kid`. One empty word is no name.
+    NameList = Annotated[
+        tuple[str, ...],
+        tyro.constructors.PrimitiveConstructorSpec(
+            nargs=1,
+            metavar="NAME,NAME,...",
+            instance_from_str=lambda words: tuple(name for name in words[0].split(",") if name),
+            is_instance=lambda value: isinstance(value, tuple),
+            str_from_instance=lambda value: [",".join(value)],
         ),
     ]
     #: A string that is no flag.

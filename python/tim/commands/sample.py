@@ -89,7 +89,7 @@ def main(arguments: list[str]) -> int:
     if config is not None and _is_plain(command, config):
         rows = _rows_of_run(command, dataclasses.replace(config, sample=settings))
     else:
-        with _cut_captions_in_one_line():
+        with cut_captions_in_one_line("tim sample"):
             rows = _rows_of_pipeline(command, settings, config, size)
     single = len(rows) == 1 and len(rows[0]) == 1
     picture = _picture(rows[0][0]) if single else image_grid(rows, settings.steps)
@@ -208,14 +208,14 @@ def _picture(pixels) -> Image.Image:
 
 
 @contextlib.contextmanager
-def _cut_captions_in_one_line() -> Iterator[None]:
+def cut_captions_in_one_line(command: str) -> Iterator[None]:
     """Tells of captions that are cut without the place in the source that Python adds."""
     with warnings.catch_warnings():
         plain = warnings.showwarning
 
         def show(message, category, *rest) -> None:
             if category is UserWarning and " captions have more than " in str(message):
-                print(f"tim sample: {message}", file=sys.stderr)
+                print(f"{command}: {message}", file=sys.stderr)
             else:
                 plain(message, category, *rest)
 
