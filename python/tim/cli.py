@@ -25,6 +25,10 @@ COMMANDS = {
         "draw a grid of samples from a run, a row for each step count",
     ),
     "evaluate": ("tim.commands.evaluate", "quality of a run's samples against the number of steps"),
+    "prompts": (
+        "tim.commands.prompts",
+        "sample the prompts of GenEval, DPG-Bench or MJHQ-30K for their scorers",
+    ),
     "encode": ("tim.encode", "latents of a folder of images, with an autoencoder of diffusers"),
     "bench": ("tim.bench", "times of the operations and of the training step, against PyTorch"),
     "info": ("tim.info", "versions, devices and which operations run on kernels"),

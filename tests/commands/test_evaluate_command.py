@@ -107,6 +107,18 @@ def test_text_model_against_a_folder_with_clip_score(text, tmp_path, capsys):
         assert archive["arr_0"].shape == (8, 16, 16, 3)
 
 
+def test_prompts_of_a_benchmark(text, tmp_path, capsys):
+    (tmp_path / "p.jsonl").write_text('{"tag": "x", "prompt": "a red cat"}\n')
+    flags = ["--benchmark", "geneval", "--prompts", str(tmp_path / "p.jsonl"), "--images", "1"]
+    flags += ["--out", str(tmp_path / "out"), "--steps", "1,2"]
+    assert command(["prompts", str(text / "model"), *flags]) == 0
+    folders = [tmp_path / "out" / f"steps-{n}" for n in (1, 2)]
+    assert capsys.readouterr().out.split() == [str(folder) for folder in folders]
+    assert all((folder / "00000" / "samples" / "0000.png").is_file() for folder in folders)
+    about = json.loads((tmp_path / "out" / "settings.json").read_text())
+    assert about["model"]["cfg"][0] == 2.5  # as tim sample has it for prompts
+
+
 def test_mistakes_are_told_in_one_line(run, text, tmp_path, capsys):
     assert "no --npz" in told(capsys, run, "--features", "classifier", "--npz")
     line = told(capsys, run, "--features", FEATURES, "--samples", "6")
