@@ -160,6 +160,28 @@ def rope_tables(
     return angles.cos(), angles.sin()
 
 
+def noised(x: Tensor, z: Tensor, t: Tensor) -> Tensor:
+    return (1 - t) * x + t * z
+
+
+@torch.no_grad()
+def public_derivative(model: nn.Module, setup: Setup, derivative: str) -> Tensor:
+    """dF of the second half of the batch, by central differences or by torch.func.jvp."""
+    n = len(setup.x) // 2
+    x, z, y = (value[n:] for value in (setup.x, setup.z, setup.y))
+    t, r = (times[n:, None, None, None] for times in (setup.t, setup.r))
+
+    def network(x: Tensor, t: Tensor, r: Tensor, **options: bool) -> Tensor:
+        return model(x, t.flatten(), r.flatten(), y, **options)
+
+    if derivative == "jvp":
+        tangents = z - x, torch.ones_like(t), torch.zeros_like(r)
+        plain = functools.partial(network, plain_attention=True)
+        return torch.func.jvp(plain, (noised(x, z, t), t, r), tangents)[1]
+    ahead, behind = (network(noised(x, z, t + e), t + e, r) for e in (EPSILON, -EPSILON))
+    return ahead / (2 * EPSILON) - behind / (2 * EPSILON)
+
+
 def public_objective(
     model: nn.Module, setup: Setup, derivative: str = "dde"
 ) -> tuple[Tensor, Tensor]:
@@ -172,27 +194,10 @@ def public_objective(
     n = len(x) // 2
     t, r = (times[:, None, None, None] for times in (setup.t, setup.r))
 
-    def noised(x: Tensor, z: Tensor, t: Tensor) -> Tensor:
-        return (1 - t) * x + t * z
-
     prediction = model(noised(x, z, t), t.flatten(), r.flatten(), y)
     dF = torch.zeros_like(x)
+    dF[n:] = public_derivative(model, setup, derivative)
     with torch.no_grad():
-
-        def network(x: Tensor, t: Tensor, r: Tensor, **options: bool) -> Tensor:
-            return model(x, t.flatten(), r.flatten(), y[n:], **options)
-
-        if derivative == "jvp":
-            tail = noised(x[n:], z[n:], t[n:]), t[n:], r[n:]
-            tangents = z[n:] - x[n:], torch.ones_like(t[n:]), torch.zeros_like(r[n:])
-            plain = functools.partial(network, plain_attention=True)
-            dF[n:] = torch.func.jvp(plain, tail, tangents)[1]
-        else:
-            ahead, behind = (
-                network(noised(x[n:], z[n:], t[n:] + e), t[n:] + e, r[n:])
-                for e in (EPSILON, -EPSILON)
-            )
-            dF[n:] = ahead / (2 * EPSILON) - behind / (2 * EPSILON)
         target = z - x - (t - r) * dF
     denoising = (prediction - target).square().mean(dim=(1, 2, 3))
     denoising = denoising + (1 - F.cosine_similarity(prediction, target, dim=1)).mean(dim=(1, 2))
@@ -258,3 +263,17 @@ def steps(setup: Setup, compiled: bool) -> dict[str, StepCandidate]:
         network = torch.compile(public.model, dynamic=False)
         found["public dde, compiled"] = public.candidate(network, "dde")
     return found
+
+
+def operators(setup: Setup) -> dict[str, Callable[[], Tensor]]:
+    """The public ways to dF alone."""
+    model = networks(setup, False)["public"]
+
+    def operator(derivative: str) -> Tensor:
+        with setup.autocast():
+            return public_derivative(model, setup, derivative)
+
+    return {
+        f"public {derivative}": functools.partial(operator, derivative)
+        for derivative in ("dde", "jvp")
+    }

@@ -43,6 +43,7 @@ def test_scripts_run_their_own_benchmark(script, monkeypatch, capsys) -> None:
     assert f"{option} {message}" in known
     networks = ("bench_step", "bench_sampling", "bench_launches")
     assert ("digits" in known) == (script.stem in networks)
+    assert ("4096 tokens" in known) == (script.stem == "bench_derivative")
 
 
 def test_an_unknown_operation_is_named() -> None:

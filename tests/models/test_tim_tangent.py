@@ -2,6 +2,7 @@
 
 import dataclasses
 import typing
+from collections.abc import Callable
 from contextlib import nullcontext
 
 import pytest
@@ -123,18 +124,18 @@ def test_backward_through_the_value_is_that_of_the_plain_pass(config, checkpoint
     assert relative_error(*(torch.cat([g.flatten() for g in gs]) for gs in (beside, plain))) < 1e-5
 
 
+def retained(run: Callable[[], object]) -> tuple[int, object]:
+    """Bytes allocated by `run` and still held while its outputs live."""
+    run()  # fills caches
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        outputs = run()
+    return sum(event.self_cpu_memory_usage for event in profiler.key_averages()), outputs
+
+
 @EACH_KIND
 @pytest.mark.parametrize("features", [False, True])
 def test_a_tangent_stores_nothing_for_the_backward(config, features):
     model, inputs, v = network(config), arguments(config), velocity(config, torch.float32)
-
-    def retained(run) -> tuple[int, object]:
-        """Bytes allocated by `run` and still held while its outputs live."""
-        run()  # fills caches
-        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-            outputs = run()
-        return sum(event.self_cpu_memory_usage for event in profiler.key_averages()), outputs
-
     plain, _ = retained(lambda: model(*inputs, return_features=features))
     dual, (_, tangents) = retained(lambda: jvp(model, inputs, v, return_features=features))
     own = sum(tangent.nbytes for tangent in (tangents if features else (tangents,)))
@@ -245,6 +246,18 @@ def test_checkpointing_with_tangents_stores_no_activations():
             given(model, inputs, v, 2)
         stored[checkpointing] = sum(sizes)
     assert stored[True] < stored[False] / 2
+
+
+@EACH_KIND
+@pytest.mark.parametrize("kernels", [True, False])
+def test_tangents_given_store_nothing_for_the_backward(config, kernels):
+    """Neither operations nor linear layers do: one pass holds what that for F alone holds."""
+    model, inputs, v = network(config), arguments(config), velocity(config, torch.float32)
+    with nullcontext() if kernels else ops.reference_only():
+        plain, out = retained(lambda: model(*inputs))
+        dual, (_, tangent) = retained(lambda: given(model, inputs, v, 2))
+    assert plain > 10 * out.nbytes
+    assert dual <= plain + tangent.nbytes
 
 
 def test_tangents_given_and_tangents_carried_do_not_mix():

@@ -103,7 +103,7 @@ def _cases(
         for name in names
         for case in (
             _networks(name, options, settings, peers)
-            if name in ("step", "sampling")
+            if name in ("step", "sampling", "derivative")
             else _operations(name, options, settings, rivals)
         )
     ]
@@ -140,16 +140,22 @@ def _networks(
 ) -> Iterator[Case]:
     """Steps of training or of sampling."""
     # Imported here: operations can be measured where the model's dependencies are not installed.
+    from tim.bench.derivative import DERIVATIVE_SIZES, measure_operator, measure_whole_step
     from tim.bench.sampling import measure_sampling, sampling_sizes
     from tim.bench.step import STEP_SIZES, measure_step
 
     kind = settings.device.type
-    sizes, function = STEP_SIZES[kind], measure_step
+    sizes, functions = STEP_SIZES[kind], {name: measure_step}
     if name == "sampling":
-        sizes, function = sampling_sizes(kind), measure_sampling
-    for size, dtype in itertools.product(sizes, options.dtypes or _STEP_DTYPES[kind]):
+        sizes, functions = sampling_sizes(kind), {name: measure_sampling}
+    if name == "derivative":
+        sizes = DERIVATIVE_SIZES[kind]
+        functions = {"derivative operator": measure_operator, "derivative step": measure_whole_step}
+    for size, dtype, (what, function) in itertools.product(
+        sizes, options.dtypes or _STEP_DTYPES[kind], functions.items()
+    ):
         make = functools.partial(function, size, DTYPES[dtype], settings, peers)
-        yield Case(f"{name} {size.name} {dtype}", size.name, dtype, make)
+        yield Case(f"{what} {size.name} {dtype}", size.name, dtype, make)
 
 
 def _own_stream(device: torch.device) -> AbstractContextManager:
@@ -181,7 +187,8 @@ def _parser() -> argparse.ArgumentParser:
         "names",
         nargs="*",
         metavar="NAME",
-        help=f"{', '.join(OPERATION_NAMES)} (all of these), step, sampling, or launches",
+        help=f"{', '.join(OPERATION_NAMES)} (all of these), step, derivative, sampling, "
+        "or launches",
     )
     add("--device", choices=("cpu", "cuda"), help="cuda where there is one")
     add("--sizes", type=_listed(), metavar="SIZE,...", help="all that the device has")

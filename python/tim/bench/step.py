@@ -155,6 +155,8 @@ class Peers(Protocol):
 
     def steps(self, setup: Setup, compiled: bool) -> dict[str, StepCandidate]: ...
 
+    def operators(self, setup: Setup) -> dict[str, Callable[[], Tensor]]: ...
+
     def networks(self, setup: Setup, compiled: bool) -> dict[str, nn.Module]: ...
 
 
@@ -168,11 +170,22 @@ def measure_step(
     size: StepSize, dtype: torch.dtype, settings: Settings, peers: Peers | None = None
 ) -> Row:
     """Times, peak memory and derivative error of all candidates."""
-    device = settings.device
-    setup = Setup.random(size, dtype, device)
+    setup = Setup.random(size, dtype, settings.device)
     candidates = own_candidates(setup)
     if peers is not None:
         candidates |= peers.steps(setup, settings.compile)
+    return measure_candidates("step", size, setup, candidates, settings)
+
+
+def measure_candidates(
+    benchmark: str,
+    size: StepSize,
+    setup: Setup,
+    candidates: dict[str, StepCandidate],
+    settings: Settings,
+) -> Row:
+    """A row of steps; the first candidate has to run, others may be out of memory."""
+    device, dtype = settings.device, setup.dtype
     exact = setup.exact_derivative()
     steps: dict[str, Callable[[], object]] = {}
     errors, peaks, notes = {}, {}, []
@@ -192,7 +205,7 @@ def measure_step(
     functions = {name: [step] for name, step in steps.items()}
     times = compare(functions, device, settings.seconds, graphs=False)
     return Row(
-        benchmark="step",
+        benchmark=benchmark,
         size=size.name,
         shape={**asdict(size.config), "batch": size.batch},
         dtype=name_of(dtype) + ("" if dtype == torch.float32 else " autocast"),

@@ -13,7 +13,10 @@ _OPERATION_HEADINGS = (
 #: Candidates that have columns of the table of operations.
 _USUAL = {"tim", "reference", "compile"}
 #: Whole steps by benchmark, and what their errors are of.
-_STEPS = {"step": "derivative error", "sampling": "error"}
+_STEPS = {
+    "step": "derivative error", "sampling": "error",
+    "derivative operator": "error", "derivative step": "derivative error",
+}  # fmt: skip
 
 
 def show(result: dict) -> None:
