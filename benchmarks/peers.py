@@ -165,7 +165,9 @@ def noised(x: Tensor, z: Tensor, t: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def public_derivative(model: nn.Module, setup: Setup, derivative: str) -> Tensor:
+def public_derivative(
+    model: nn.Module, setup: Setup, derivative: str, epsilon: float = EPSILON
+) -> Tensor:
     """dF of the second half of the batch, by central differences or by torch.func.jvp."""
     n = len(setup.x) // 2
     x, z, y = (value[n:] for value in (setup.x, setup.z, setup.y))
@@ -178,8 +180,8 @@ def public_derivative(model: nn.Module, setup: Setup, derivative: str) -> Tensor
         tangents = z - x, torch.ones_like(t), torch.zeros_like(r)
         plain = functools.partial(network, plain_attention=True)
         return torch.func.jvp(plain, (noised(x, z, t), t, r), tangents)[1]
-    ahead, behind = (network(noised(x, z, t + e), t + e, r) for e in (EPSILON, -EPSILON))
-    return ahead / (2 * EPSILON) - behind / (2 * EPSILON)
+    ahead, behind = (network(noised(x, z, t + e), t + e, r) for e in (epsilon, -epsilon))
+    return ahead / (2 * epsilon) - behind / (2 * epsilon)
 
 
 def public_objective(
@@ -265,13 +267,13 @@ def steps(setup: Setup, compiled: bool) -> dict[str, StepCandidate]:
     return found
 
 
-def operators(setup: Setup) -> dict[str, Callable[[], Tensor]]:
+def operators(setup: Setup, epsilon: float = EPSILON) -> dict[str, Callable[[], Tensor]]:
     """The public ways to dF alone."""
     model = networks(setup, False)["public"]
 
     def operator(derivative: str) -> Tensor:
         with setup.autocast():
-            return public_derivative(model, setup, derivative)
+            return public_derivative(model, setup, derivative, epsilon)
 
     return {
         f"public {derivative}": functools.partial(operator, derivative)

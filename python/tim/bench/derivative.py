@@ -118,7 +118,8 @@ def measure_whole_step(
     return measure_candidates("derivative step", size, setup, candidates, settings)
 
 
-def own_operators(setup: Setup) -> dict[str, Callable[[], Tensor]]:
+def own_operators(setup: Setup, epsilon: float = EPSILON) -> dict[str, Callable[[], Tensor]]:
+    """dF of the second half of the batch, without gradient."""
     n = len(setup.x) // 2
     x, z, y, t, r = (value[n:] for value in setup.batch)
     network = Network(setup.model, TRANSPORT)
@@ -129,12 +130,12 @@ def own_operators(setup: Setup) -> dict[str, Callable[[], Tensor]]:
             return network.derivative(x_t, t, r, y, v_t)[2]
 
     def dde() -> Tensor:
-        e = torch.full_like(t, EPSILON)
+        e = torch.full_like(t, epsilon)
         with torch.no_grad(), setup.autocast():
             around = [TRANSPORT.interpolant(time)[:2] for time in (t + e, t - e)]
             states = ops.interpolate(x, z, torch.stack([*around[0], *around[1]], dim=1))
             ahead, behind = central_pair(network, *states, t, r, y, e)
-            return (ahead.float() - behind.float()) / (2 * EPSILON)
+            return (ahead.float() - behind.float()) / (2 * epsilon)
 
     return {"jvp": jvp, "dde": dde}
 

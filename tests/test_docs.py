@@ -1,0 +1,41 @@
+"""What the pages under docs show has to work."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from tim import ops
+
+DOCS = Path(__file__).parents[1] / "docs"
+
+
+def test_the_example_of_attention_runs():
+    (code,) = re.findall(r"```python\n(.*?)```", (DOCS / "attention.md").read_text(), re.DOTALL)
+    names: dict = {}
+    exec(code, names)
+    q, k, v, t_q, t_k, t_v = (names[name] for name in ("q", "k", "v", "t_q", "t_k", "t_v"))
+    with torch.no_grad():
+        moving = (q, k, v), (t_q, t_k, t_v)
+        expected = torch.func.jvp(ops.attention_reference, *moving)
+        torch.testing.assert_close((names["out"], names["t_out"]), expected, rtol=1e-4, atol=1e-5)
+        rows = names["rows_q"], names["rows_k"]
+        packed = torch.func.jvp(
+            lambda q, k, v: ops.attention_reference(q, k, v, None, *rows),
+            *(tuple(x[:1] for x in some) for some in moving),
+        )
+    actual = names["packed"], names["t_packed"]
+    torch.testing.assert_close(actual, packed, rtol=1e-4, atol=1e-5)
+    assert q.grad.abs().max() > 0 and not names["t_out"].requires_grad
+    assert packed[1].abs().max() > 0
+
+
+@pytest.mark.parametrize("page", sorted(DOCS.glob("*.md")), ids=lambda page: page.name)
+def test_files_and_headings_that_a_page_names_exist(page):
+    for target in re.findall(r"\]\((?!http)([^)]+)\)", page.read_text()):
+        name, _, anchor = target.partition("#")
+        path = page.parent / name if name else page
+        assert path.exists(), target
+        headings = re.findall(r"^#+ (.+)$", path.read_text(), re.MULTILINE) if anchor else []
+        assert not anchor or anchor in {h.lower().replace(" ", "-") for h in headings}, target
