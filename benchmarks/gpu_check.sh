@@ -162,12 +162,14 @@ if [ "$device" = cuda ]; then
     nvidia-smi --query-gpu=name,driver_version,memory.total,clocks.sm,clocks.max.sm --format=csv
     every=(--seconds 0.1 --dtypes float32,bfloat16)
     step=(--seconds 2)
+    derivative=(--seconds 1)
     sampling=(--seconds 0.5)
     launches=()
     compiled=(--seconds 0.1 --sizes xl2-256 --dtypes bfloat16)
 else
     every=(--seconds 0.01 --dtypes float32 --sizes small)
     step=(--seconds 0.1 --sizes digits)
+    derivative=(--seconds 0.02 --sizes digits)
     sampling=(--seconds 0.02 --sizes "digits x 1")
     launches=(--size digits)
     compiled=(interpolate swiglu --seconds 0.01 --sizes small --dtypes float32)
@@ -178,9 +180,12 @@ part 30 "check of the build" check_build
 part 120 "tests of the operations" test_operations
 part 60 "tests marked gpu" test_marked
 for operation in interpolate transition_loss qk_norm_rope adaln swiglu attention; do
-    part 60 "bench_$operation" bench "$operation" "$operation" "${every[@]}"
+    limit=60
+    [ "$operation" = attention ] && limit=120 # many sizes and peers
+    part "$limit" "bench_$operation" bench "$operation" "$operation" "${every[@]}"
 done
 part 120 bench_step bench step step "${step[@]}"
+part 90 bench_derivative bench derivative derivative "${derivative[@]}"
 part 60 bench_sampling bench sampling sampling "${sampling[@]}"
 part 60 bench_launches bench launches launches "${launches[@]}"
 part 150 "torch.compile" bench_compiled "${compiled[@]}"

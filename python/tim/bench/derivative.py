@@ -21,6 +21,7 @@ from tim.bench.memory import peak_bytes
 from tim.bench.problem import relative_error
 from tim.bench.report import Candidate, Row
 from tim.bench.step import (
+    STEP_SIZES,
     TRANSPORT,
     Peers,
     Setup,
@@ -28,30 +29,31 @@ from tim.bench.step import (
     StepSize,
     kernels_of,
     measure_candidates,
-)  # fmt: skip
+)
 from tim.bench.timing import compare
 from tim.derivative import Network, central_pair
 from tim.models import ARCHITECTURES, TiMConfig
 
 EPSILON = 0.005
-#: B/4 with a third of its blocks, and a small network on 4096 tokens, where N x N is what counts.
+#: B/4 with two of its blocks, and a small network on 4096 tokens, where N x N is what counts.
 DERIVATIVE_SIZES: dict[str, tuple[StepSize, ...]] = {
     "cpu": (
+        STEP_SIZES["cpu"][0],
         StepSize(
-            "b4-256, 4 blocks",
-            replace(ARCHITECTURES["tim-b4-256"], depth=4, z_dim=None),
+            "b4-256-depth2",
+            replace(ARCHITECTURES["tim-b4-256"], depth=2, z_dim=None),
             8,
         ),
         StepSize(
-            "4096 tokens",
-            TiMConfig(input_size=128, hidden_size=128, depth=2, num_heads=2, num_classes=10),
+            "tokens-4096",
+            TiMConfig(input_size=128, hidden_size=128, depth=1, num_heads=2, num_classes=10),
             2,
         ),
     ),
     "cuda": (
         StepSize("b4-256", replace(ARCHITECTURES["tim-b4-256"], z_dim=None), 256),
         StepSize(
-            "4096 tokens",
+            "tokens-4096",
             TiMConfig(input_size=128, hidden_size=768, depth=12, num_heads=12),
             8,
         ),

@@ -91,7 +91,7 @@ class Setup:
         times = [TRANSPORT.sample_t(size.batch, device=device) for _ in range(2)]
         t, r = torch.maximum(*times), torch.minimum(*times)
         r[: size.batch // 2] = t[: size.batch // 2]
-        r[-round(0.1 * size.batch) :] = TRANSPORT.T_min
+        r[size.batch - round(0.1 * size.batch) :] = TRANSPORT.T_min
         return cls(model, x, z, y, t, r, dtype)
 
     def loss(self, derivative: str) -> TransitionLoss:
