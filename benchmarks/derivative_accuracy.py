@@ -28,7 +28,7 @@ from tim.data.digits import digits
 
 EPSILONS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05)
 DTYPES = (torch.float32, torch.bfloat16)
-BATCH = 32
+BATCH = 16
 #: Drawn in this order: way, dtype, style.
 LINES = (
     ("public dde", "bfloat16", "C3--"),
@@ -97,10 +97,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     setups = {"random weights, 64 tokens, 12 blocks": random_network()}
     if options.run:
         setups["trained on digits, 16 tokens, 4 blocks"] = trained_network(options.run)
-    networks = {title: errors(setup) for title, setup in setups.items()}
-    for title, found in networks.items():
-        print(title)
-        for dtype, ways in found.items():
+    networks = {}
+    for title, setup in setups.items():
+        print(title, flush=True)
+        networks[title] = errors(setup)
+        for dtype, ways in networks[title].items():
             for way, values in ways.items():
                 print(f"  {dtype:9} {way:11}", *(f"{value:.2e}" for value in values))
     if options.json:
