@@ -74,7 +74,7 @@ def transition_loss(
     data = torch.promote_types(F.dtype, x.dtype) if x.dtype != F.dtype else F.dtype
     data = torch.promote_types(data, z.dtype) if z.dtype != data else data
     constants = (x, z, coefficients, *terms, time_weight)
-    if torch._C._any_requires_grad(*constants):
+    if device is None or torch._C._any_requires_grad(*constants):  # dynamo cannot ask
         constants = [None if tensor is None else tensor.detach() for tensor in constants]
     x, z, coefficients, *terms, time_weight = constants
     terms = [_to(term, F.dtype) for term in terms]
