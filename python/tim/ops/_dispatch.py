@@ -22,7 +22,7 @@ from torch.autograd import forward_ad
 
 from tim import _extension
 from tim.ops import _table
-from tim.ops._opaque import Opaque, plain_device, refuse_tangents, register
+from tim.ops._opaque import Opaque, is_mapped, plain_device, refuse_tangents, register
 from tim.ops._table import (
     KERNEL_DTYPES,
     KERNEL_OPS,
@@ -51,12 +51,14 @@ __all__ = [
     "guard_backward",
     "has_kernel",
     "has_transform",
+    "is_mapped",
     "kernels",
     "launch",
     "layer_norm",
     "make_dual",
     "plain_device",
     "pointer",
+    "product_dtype",
     "promote",
     "reference_only",
     "refuse_tangents",
@@ -169,7 +171,7 @@ def why_not(name: str, *tensors: Tensor, direction: str = "forward") -> str | No
     for transform in (TransformType.Vmap, TransformType.Grad):
         if transform in transforms:
             return f"torch.func.{transform.name.lower()} has no rule for the kernel"
-    if any(map(torch._C._functorch.is_batchedtensor, tensors)):
+    if is_mapped(*tensors):
         return "torch.func.vmap has no rule for the kernel"
     first = tensors[0]
     choose = _table.choose if torch.compiler.is_compiling() else _table.recall
@@ -240,9 +242,13 @@ def float32(tensor: Tensor) -> Tensor:
 def split_tangents(
     *tensors: Tensor | None,
 ) -> tuple[tuple[Tensor | None, ...], tuple[Tensor | None, ...] | None]:
-    """Primals and tangents of `tensors`; (tensors, None) when none carries a tangent."""
+    """Primals and tangents of `tensors`; (tensors, None) when none carries a tangent.
+
+    Of tensors that torch.func.vmap maps over, PyTorch does not tell: references run on them, and
+    their tangents are those of its own operations.
+    """
     level = forward_ad._current_level
-    if level < 0:
+    if level < 0 or is_mapped(*tensors):
         return tensors, None
     duals = [_unpack(tensor, level) for tensor in tensors]
     if all(tangent is None for _, tangent in duals):
@@ -274,6 +280,8 @@ def drop_tangent_graph(outputs: Tensor | tuple[Tensor, ...]) -> Tensor | tuple[T
         return outputs
     if isinstance(outputs, tuple):
         return tuple(drop_tangent_graph(output) for output in outputs)  # type: ignore[misc]
+    if is_mapped(outputs):
+        return outputs
     primal, tangent = forward_ad.unpack_dual(outputs)
     if tangent is None:
         return outputs
@@ -295,6 +303,14 @@ def promote(*tensors: Tensor) -> tuple[Tensor, ...]:
     for tensor in tensors[1:]:
         dtype = torch.promote_types(dtype, tensor.dtype)
     return tuple(tensor.to(dtype) for tensor in tensors)
+
+
+def product_dtype(tensor: Tensor) -> torch.dtype:
+    """The dtype in which PyTorch's matrix products take `tensor`: autocast's, where it is on."""
+    device = tensor.device.type
+    if tensor.dtype == torch.float64 or not torch.is_autocast_enabled(device):
+        return tensor.dtype
+    return torch.get_autocast_dtype(device)
 
 
 def check_tensors(**tensors: Tensor) -> None:

@@ -77,12 +77,23 @@ def _thread_is_idle() -> bool:
     )
 
 
+def is_mapped(*arguments: object) -> bool:
+    """Whether torch.func.vmap maps over one of the arguments: no operation of ours takes those."""
+    # A generator would be no frame that dynamo can take over.
+    for argument in arguments:
+        if isinstance(argument, Tensor) and functorch.is_batchedtensor(argument):
+            return True
+    return False
+
+
 def refuse_tangents(what: str, *arguments: object) -> None:
     """Raise NotImplementedError when a tensor carries a tangent that `what` would silently drop."""
     if forward_ad._current_level < 0:
         return
     for argument in arguments:
-        if isinstance(argument, Tensor) and forward_ad.unpack_dual(argument).tangent is not None:
+        if not isinstance(argument, Tensor) or is_mapped(argument):
+            continue
+        if forward_ad.unpack_dual(argument).tangent is not None:
             raise NotImplementedError(
                 f"{what} has no forward-mode rule: tim.ops have first derivatives only"
             )

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch._C._functorch import TransformType
+from torch.autograd import forward_ad
 
 from tim.ops import _attention_forward as forward
 from tim.ops import _attention_kernels as kernels
@@ -57,8 +58,8 @@ def attention(
             (if installed), "reference" (the plain formula, stores N x M), or "auto".
 
     Returns:
-        [B, N, H, D], contiguous, in the common dtype. Its forward-mode tangent is not
-        differentiable.
+        [B, N, H, D], contiguous, in the common dtype, or that of autocast. Its forward-mode tangent
+        is not differentiable.
 
     Raises:
         TypeError: an input is no floating-point tensor.
@@ -68,13 +69,13 @@ def attention(
     Source: Vaswani et al. (arXiv 1706.03762), eq. 1; the tangent follows by differentiation. The
     forward and backward passes in tiles: Dao et al. (arXiv 2205.14135).
     """
-    operands = pairs.promote(q, k, v) if pairs.is_pair(q, k, v) else None
-    if operands is None:
-        dispatch.check_tensors(q=q, k=k, v=v)
-        operands = dispatch.promote(q, k, v)
-        primals, tangents = dispatch.split_tangents(*operands)
-    else:
+    if pairs.is_pair(q, k, v):
+        operands = _for_products(*pairs.promote(q, k, v))
         primals, tangents = pairs.split(*operands)
+    else:
+        dispatch.check_tensors(q=q, k=k, v=v)
+        operands = _for_products(*dispatch.promote(q, k, v))
+        primals, tangents = dispatch.split_tangents(*operands)
     scale = 1 / math.sqrt(primals[0].shape[-1]) if scale is None else float(scale)
     _check(*primals, backend)
     packing = _packing(*primals[:2], cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
@@ -113,6 +114,15 @@ def attention_reference(
         weights = scores.masked_fill(others, torch.finfo(scores.dtype).min).softmax(-1)
         weights = weights.masked_fill(others, 0.0)
     return torch.einsum("bhnm,bmhd->bnhd", weights, v).contiguous()
+
+
+def _for_products(*operands: Operand) -> tuple[Operand, ...]:
+    """Operands in the dtype that autocast gives to products."""
+    first = operands[0].primal if isinstance(operands[0], Pair) else operands[0]
+    dtype = dispatch.product_dtype(first)
+    if dtype == first.dtype:
+        return operands
+    return tuple(pairs.each(lambda x: x.to(dtype), operand) for operand in operands)
 
 
 def _sequence(cu_seqlens: Tensor, packed: Tensor) -> Tensor:
@@ -187,7 +197,9 @@ def _choose(
     """Who computes: "reference"; "pytorch", with a tangent in tiles; or the source of the output
     and its log-sum-exp from which our kernels go on."""
     moving = tangents is not None
-    if moving and dispatch.has_transform(TransformType.Vmap, TransformType.Grad):
+    if forward_ad._current_level >= 0 and dispatch.has_transform(
+        TransformType.Vmap, TransformType.Grad
+    ):
         return "reference"  # its operations have rules for torch.func, ours have none
     if backend == "reference":
         return backend

@@ -29,8 +29,8 @@ def grouped_linear(
         biases: G of [M], or None.
 
     Returns:
-        [B, G, M], in the dtype of autocast, or else of the weights. Its forward-mode tangent is not
-        differentiable.
+        [B, G, M], in the dtype that PyTorch's linear layers would give. Its forward-mode tangent is
+        not differentiable.
 
     Raises:
         ValueError: shapes differ from the above.
@@ -46,11 +46,11 @@ def grouped_linear(
             with torch.no_grad():
                 t_out = grouped_linear_reference(tangent, weights)
             return Pair(grouped_linear_reference(primal, weights, biases), t_out)
-        dtype = _dtype(device, weights)
+        dtype = dispatch.product_dtype(weights[0])
         return Pair(*_grouped_linear_tangent(primal, tangent, weights, biases, dtype))
     if _runs_reference(device) or dispatch.split_tangents(x, *weights, *biases)[1] is not None:
         return grouped_linear_reference(x, weights, biases)
-    return _grouped_linear(x, weights, biases, _dtype(device, weights))
+    return _grouped_linear(x, weights, biases, dispatch.product_dtype(weights[0]))
 
 
 def grouped_linear_reference(
@@ -85,12 +85,6 @@ def _runs_reference(device: str) -> bool:
         or dispatch.all_off()
         or dispatch.has_transform(TransformType.Vmap, TransformType.Grad)
     )
-
-
-def _dtype(device: str, weights: list[Tensor]) -> torch.dtype:
-    if torch.is_autocast_enabled(device):
-        return torch.get_autocast_dtype(device)
-    return weights[0].dtype
 
 
 def gathers(device: torch.device) -> bool:
