@@ -1,5 +1,7 @@
 """The tests every operation must pass, on every path that can run on this machine.
 
+modes.py has those of the ways in which PyTorch may run an operation.
+
 A test file of an operation subclasses `OpContract` and describes its inputs; pytest collects the
 inherited tests once per size, dtype and path. The yardstick is never a hand-tuned constant: an
 error against float64 may be twice (gradients, tangents: three times) that of the reference formula
@@ -19,7 +21,8 @@ from torch.autograd import forward_ad
 from tim import ops
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-PATHS = ("reference", "cpu", "cuda")
+KERNELS = ("cpu", pytest.param("cuda", marks=pytest.mark.gpu))
+PATHS = ("reference", *KERNELS)
 
 
 def as_tuple(value: Tensor | tuple) -> tuple[Tensor, ...]:
@@ -58,16 +61,18 @@ class OpContract:
 
     # What the contract needs, derived.
 
-    def prepare(self, size, dtype, device="cpu", seed=0) -> tuple[list, list]:
+    def prepare(self, size, dtype, device=None, seed=0) -> tuple[list, list]:
         """Inputs and tangents, rounded to `dtype` once so that all paths see the same numbers."""
         generator = torch.Generator().manual_seed(seed)
-        tensors = self.inputs(size, generator)
-        tangents = [
-            torch.randn(t.shape, generator=generator, dtype=torch.float64)
-            if i in self.with_tangent
-            else None
-            for i, t in enumerate(tensors)
-        ]
+        device = device or torch.get_default_device()
+        with torch.device("cpu"):
+            tensors = self.inputs(size, generator)
+            tangents = [
+                torch.randn(t.shape, generator=generator, dtype=torch.float64)
+                if i in self.with_tangent
+                else None
+                for i, t in enumerate(tensors)
+            ]
 
         def convert(t):
             return t.to(dtype).to(device) if isinstance(t, Tensor) else t
@@ -111,9 +116,12 @@ class OpContract:
             pytest.skip("CPU kernels take float32 and bfloat16; float16 runs the reference")
         if path == "cuda" and not torch.cuda.is_available():
             pytest.skip("no GPU")
-        if path not in ops.available()[self.name]:
+        if not self.has_kernel(path):
             pytest.skip(f"no {path} kernel of {self.name} in this build")
         return path
+
+    def has_kernel(self, device: str) -> bool:
+        return device in ops.available()[self.name]
 
     @staticmethod
     def on(path: str):
@@ -121,7 +129,7 @@ class OpContract:
 
 
 def contract_parameters(metafunc: pytest.Metafunc) -> None:
-    """Parametrise `size`, `dtype`, `path` of a contract's tests from its class."""
+    """Parametrise `size`, `dtype`, `path` and `kernel` of a contract's tests from its class."""
     cls = metafunc.cls
     if cls is None or not issubclass(cls, OpContract):
         return
@@ -131,6 +139,8 @@ def contract_parameters(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
     if "path" in metafunc.fixturenames:
         metafunc.parametrize("path", PATHS)
+    if "kernel" in metafunc.fixturenames:
+        metafunc.parametrize("kernel", KERNELS)
 
 
 class ForwardBackward(OpContract):
@@ -172,9 +182,9 @@ class ForwardBackward(OpContract):
         with ops.reference_only():
             assert torch.autograd.gradcheck(function, moving, atol=1e-6)
 
-    def test_second_derivatives_raise_instead_of_being_dropped(self) -> None:
-        self.skip_unless("cpu", torch.float32)
-        inputs, _ = self.prepare(self.sizes[0], torch.float32)
+    def test_second_derivatives_raise_instead_of_being_dropped(self, kernel) -> None:
+        device = self.skip_unless(kernel, torch.float32)
+        inputs, _ = self.prepare(self.sizes[0], torch.float32, device)
         i = self.differentiable[0]
         inputs[i].requires_grad_()
         out = self.run(self.op, inputs)[0]
@@ -259,9 +269,9 @@ class Tangent(OpContract):
         inner = torch.compile(self.op, backend="aot_eager")  # dynamo hands over to eager here
         return self.jvp(inner, inputs, tangents)[1]
 
-    def test_the_bare_operation_raises_when_it_meets_a_tangent(self, monkeypatch) -> None:
-        self.skip_unless("cpu", torch.float32)
-        inputs, tangents = self.prepare(self.sizes[0], torch.float32)
+    def test_the_bare_operation_raises_when_it_meets_a_tangent(self, kernel, monkeypatch) -> None:
+        device = self.skip_unless(kernel, torch.float32)
+        inputs, tangents = self.prepare(self.sizes[0], torch.float32, device)
         monkeypatch.setattr(ops._dispatch, "split_tangents", lambda *tensors: (tensors, None))
         monkeypatch.setattr(ops._dispatch.Opaque, "__call__", lambda self, *a: self.bare(*a))
         with pytest.raises(
@@ -273,9 +283,9 @@ class Tangent(OpContract):
         strict=True,
         reason="torch drops the tangent of a dual number passed into a compiled function",
     )
-    def test_dual_number_into_a_compiled_function(self) -> None:
-        self.skip_unless("cpu", torch.float32)
-        inputs, tangents = self.prepare(self.sizes[0], torch.float32)
+    def test_dual_number_into_a_compiled_function(self, kernel) -> None:
+        device = self.skip_unless(kernel, torch.float32)
+        inputs, tangents = self.prepare(self.sizes[0], torch.float32, device)
         torch._dynamo.reset()
         compiled = torch.compile(self.op, backend="aot_eager")
         with forward_ad.dual_level():
@@ -339,16 +349,3 @@ class Tangent(OpContract):
             inputs[i].requires_grad_()
             (expected,) = torch.autograd.grad(loss(inputs[i]), inputs[i])
         torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
-
-    def test_vmap_runs_the_reference(self) -> None:
-        inputs, _ = self.prepare(self.sizes[0], torch.float32)
-        i = self.with_tangent[0]
-        stacked = torch.stack((inputs[i], 2 * inputs[i]))
-
-        def function(tensor: Tensor):
-            return self.op(*inputs[:i], tensor, *inputs[i + 1 :])
-
-        outputs = as_tuple(torch.func.vmap(function)(stacked))
-        singles = [as_tuple(function(tensor)) for tensor in stacked]
-        for out, *expected in zip(outputs, *singles, strict=True):
-            torch.testing.assert_close(out, torch.stack(expected), rtol=1e-4, atol=1e-5)

@@ -1,14 +1,16 @@
 import pytest
 import torch
 from contract import ForwardBackward, Tangent
+from modes import PairModes
 
 from tim import ops
 
 SIZES = ((2, 3, 10), (1, 1, 2), (2, 5, 48), (3, 16, 384), (0, 4, 8), (2, 0, 8), (2, 9, 1153))
 
 
-class TestAdaln(ForwardBackward, Tangent):
+class TestAdaln(ForwardBackward, Tangent, PairModes):
     name = "adaln"
+    in_graph = ("adaln",)
     op = staticmethod(ops.adaln)
     reference = staticmethod(ops.adaln_reference)
     sizes = SIZES
@@ -22,8 +24,9 @@ class TestAdaln(ForwardBackward, Tangent):
         return [x, *packed.chunk(2, dim=-1)]
 
 
-class TestGatedAdaln(ForwardBackward, Tangent):
+class TestGatedAdaln(ForwardBackward, Tangent, PairModes):
     name = "adaln"
+    in_graph = ("gated_adaln",)
     op = staticmethod(ops.gated_adaln)
     reference = staticmethod(ops.gated_adaln_reference)
     sizes = SIZES

@@ -1,14 +1,16 @@
 import pytest
 import torch
-from contract import OpContract, assert_close
-from hypothesis import given
-from hypothesis import strategies as st
+from contract import assert_close
+from modes import Modes
 
+from properties import given, st
 from tim import ops
 
 
-class TestInterpolate(OpContract):
+class TestInterpolate(Modes):
     name = "interpolate"
+    in_graph = ("interpolate",)
+    in_recorded_graph = ()
     op = staticmethod(ops.interpolate)
     reference = staticmethod(ops.interpolate_reference)
     sizes = ((3, 4, 5, 7), (1, 1), (2, 4, 32, 32), (0, 4, 2, 2), (5, 4099))

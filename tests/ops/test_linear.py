@@ -1,7 +1,31 @@
 import torch
 import torch.nn.functional as F
+from modes import PairModes
 
 from tim import ops
+
+
+class TestLinear(PairModes):
+    """PyTorch's own product: on every device, and no operation of ours in a graph."""
+
+    name = "linear"
+    op = staticmethod(ops.linear)
+    reference = staticmethod(F.linear)
+    # ([..., columns in], columns out)
+    sizes = (((4, 5), 3), ((2, 7, 48), 33), ((0, 4), 2))
+    differentiable = (0, 1, 2)
+    with_tangent = (0,)
+
+    def has_kernel(self, device: str) -> bool:
+        return True
+
+    def inputs(self, size, generator):
+        rows, out = size
+        shapes = (rows, (out, rows[-1]), (out,))
+        return [torch.randn(s, generator=generator, dtype=torch.float64) for s in shapes]
+
+    def expected_in_graph(self, path: str, recorded: bool) -> set[str]:
+        return set()
 
 
 def test_equals_pytorch_in_value_gradient_and_tangent():

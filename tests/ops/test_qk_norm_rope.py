@@ -1,6 +1,7 @@
 import pytest
 import torch
 from contract import ForwardBackward, Tangent
+from modes import PairModes
 
 from tim import ops
 
@@ -11,8 +12,9 @@ def angles(tokens: int, head_dim: int, generator: torch.Generator) -> tuple[torc
     return angle.cos(), angle.sin()
 
 
-class TestQkNormRope(ForwardBackward, Tangent):
+class TestQkNormRope(ForwardBackward, Tangent, PairModes):
     name = "qk_norm_rope"
+    in_graph = ("qk_norm_rope",)
     op = staticmethod(ops.qk_norm_rope)
     reference = staticmethod(ops.qk_norm_rope_reference)
     # (B, N, H, D): TiM-XL has D = 72, TiM-B has 64

@@ -1,12 +1,14 @@
 import pytest
 import torch
 from contract import ForwardBackward, Tangent
+from modes import PairModes
 
 from tim import ops
 
 
-class TestSwiglu(ForwardBackward, Tangent):
+class TestSwiglu(ForwardBackward, Tangent, PairModes):
     name = "swiglu"
+    in_graph = ("swiglu",)
     op = staticmethod(ops.swiglu)
     reference = staticmethod(ops.swiglu_reference)
     sizes = ((3, 5), (1, 1), (2, 7, 24), (2, 16, 512), (0, 8), (5, 1027))

@@ -1,14 +1,16 @@
 import pytest
 import torch
 from contract import ForwardBackward, assert_close
+from modes import Modes
 
 from tim import ops
 
 
-class TestTransitionLoss(ForwardBackward):
+class TestTransitionLoss(ForwardBackward, Modes):
     """Positional form with every term: derivative of the last samples, guidance, cosine."""
 
     name = "transition_loss"
+    in_graph = ("transition_loss",)
     # (B, C, H, W, samples with a derivative)
     sizes = ((3, 4, 2, 3, 2), (1, 1, 1, 1, 1), (4, 4, 32, 32, 2), (2, 32, 5, 3, 0), (0, 4, 2, 2, 0))
     differentiable = (0,)
@@ -78,7 +80,7 @@ class TestDifference(TestTransitionLoss):
 
 
 def make(batch=4, channels=4):
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(torch.get_default_device()).manual_seed(0)
     f, x, z, d = (torch.randn(batch, channels, 3, 5, generator=generator) for _ in range(4))
     return f, x, z, torch.randn(batch, 5, generator=generator), d
 
