@@ -90,7 +90,7 @@ def on_emulator(name: str, layout: str | None = None) -> OpContract:
     contract = CONTRACTS[name]
 
     class OnEmulator(contract):  # type: ignore[misc,valid-type]
-        def prepare(self, size, dtype, device="cpu", seed=0):
+        def prepare(self, size, dtype, device=None, seed=0):
             values = super().prepare(size, dtype, device, seed)
             if layout is None:
                 return values
