@@ -1,12 +1,14 @@
 #!/usr/bin/env bash
 # Builds the extension, runs the GPU tests and all benchmarks in under ten minutes, without network.
 #
-#   benchmarks/gpu_check.sh [--device cpu] [RESULTS_DIRECTORY]
+#   benchmarks/gpu_check.sh [--dry-run] [--device cpu] [RESULTS_DIRECTORY]
 #
-# Needs Python with torch, CMake, and nvcc; takes ninja where it is. pybind11 is the folder named by
+# Needs Python with torch, numpy and pytest, CMake, and nvcc; takes ninja and pytest-xdist where they
+# are. Test files that need more packages are skipped by name. pybind11 is the folder named by
 # PYBIND11_DIR or pybind11_DIR, else what `python -m pybind11` says, else pip fetches it. PYTHON names
 # the interpreter. Nothing is installed: the package is put together in build/gpu_check and found
-# through PYTHONPATH. `--device cpu` rehearses all of it, with short measurements, without a GPU.
+# through PYTHONPATH. `--device cpu` rehearses all of it, with short measurements, without a GPU;
+# `--dry-run` prints what would run.
 #
 # Writes RESULTS_DIRECTORY/<gpu>-<date>.json (default benchmarks/results) and prints a short table
 # last. A part that fails does not stop the others, but the exit code is then 1.
@@ -14,10 +16,21 @@
 set -uo pipefail
 
 device=cuda
-if [ "${1:-}" = --device ]; then
-    device=${2:?--device needs cuda or cpu}
-    shift 2
-fi
+dry=
+while [[ "${1:-}" == --* ]]; do
+    case $1 in
+    --dry-run) dry=1 ;;
+    --device)
+        device=${2:?--device needs cuda or cpu}
+        shift
+        ;;
+    *)
+        echo "unknown option $1" >&2
+        exit 2
+        ;;
+    esac
+    shift
+done
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 results=${1:-$root/benchmarks/results}
 python=${PYTHON:-python3}
@@ -33,6 +46,10 @@ export PYTHONPATH=$site${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
 part() {
     local limit=$1 name=$2 left=$((deadline - SECONDS)) status
     shift 2
+    if [ -n "$dry" ]; then
+        printf 'at most %s s, %s: %s\n' "$limit" "$name" "$*"
+        return
+    fi
     printf '\n== %s (after %d s) ==\n' "$name" "$SECONDS"
     if [ "$left" -lt 5 ]; then
         failed+=("$name: no time left")
@@ -66,6 +83,17 @@ find_pybind11() {
         echo "$work/pybind11/pybind11/share/cmake/pybind11"
 }
 
+# That of this GPU alone: the kernels take longest to compile.
+architecture() {
+    "$python" - <<'PYTHON'
+import torch
+
+if torch.cuda.is_available():
+    major, minor = torch.cuda.get_device_capability()
+    print(f"{major}{minor}{'a' * (major >= 9)}-real")
+PYTHON
+}
+
 build() {
     local cuda=ON tree=$work/cmake-$device pybind11
     [ "$device" = cpu ] && cuda=OFF
@@ -74,7 +102,7 @@ build() {
     rm -rf "$site" && mkdir -p "$site" && cp -r "$root/python/tim" "$site/tim" || return
     rm -f "$site"/tim/_C*.so "$site/tim/_build_info.json"
     cmake -S "$root" -B "$tree" -DCMAKE_BUILD_TYPE=Release -DTIM_CUDA=$cuda \
-        -Dpybind11_DIR="$pybind11" \
+        -DTIM_CUDA_ARCHITECTURES="$(architecture)" -Dpybind11_DIR="$pybind11" \
         -DPython_EXECUTABLE="$("$python" -c 'import sys; print(sys.executable)')" &&
         cmake --build "$tree" --parallel "$(nproc)" &&
         cmake --install "$tree" --prefix "$site"
@@ -103,31 +131,16 @@ has() {
     "$python" -c "import importlib.util as u, sys; sys.exit(u.find_spec('$1') is None)"
 }
 
-test_operations() {
-    local workers=0
+# On a GPU every test that is marked for it: all operations against float64, CUDA graphs, streams.
+run_tests() {
+    local tests=(-m gpu "$root/tests") workers=()
+    [ "$device" = cpu ] && tests=(-m "not gpu" -k cpu "$root/tests/ops")
     if ! has pytest; then
         echo "pytest is not installed: the tests did NOT run; the benchmarks still compare with float64"
         return 1
     fi
-    has xdist && [ "$device" = cuda ] && workers=4
-    if [ "$workers" -gt 0 ]; then
-        "$python" -m pytest -q -p no:cacheprovider -n "$workers" -k "$device" "$root/tests/ops"
-    else
-        "$python" -m pytest -q -p no:cacheprovider -k "$device" "$root/tests/ops"
-    fi
-}
-
-# Tests elsewhere that ask for a GPU by pytest's marker.
-test_marked() {
-    local status=0
-    if ! has pytest || ! has hypothesis; then
-        echo "pytest or hypothesis is not installed: tests marked gpu did NOT run"
-        return 1
-    fi
-    "$python" -m pytest -q -p no:cacheprovider -m gpu --ignore "$root/tests/ops" "$root/tests" ||
-        status=$?
-    [ "$status" -eq 5 ] && echo "there are none" && return
-    return "$status"
+    has xdist && [ "$device" = cuda ] && workers=(-n 4)
+    "$python" -m pytest -q -rs --bare -p no:cacheprovider "${workers[@]}" "${tests[@]}"
 }
 
 # bench SCRIPT RESULT OPTION...
@@ -153,13 +166,13 @@ print(re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-"))' "$device") || return
     "$python" -m tim.bench.summary "$results/$name-$(date -u +%Y-%m-%d).json" "$parts"/*.json
 }
 export results
-export -f find_pybind11 build check_build has test_operations test_marked bench bench_compiled
+export -f find_pybind11 architecture build check_build has run_tests bench bench_compiled
 export -f summarise
 
-rm -rf "$parts"
-mkdir -p "$parts" "$results"
+[ -n "$dry" ] || { rm -rf "$parts" && mkdir -p "$parts" "$results"; }
 if [ "$device" = cuda ]; then
-    nvidia-smi --query-gpu=name,driver_version,memory.total,clocks.sm,clocks.max.sm --format=csv
+    [ -n "$dry" ] || nvidia-smi --format=csv \
+        --query-gpu=name,driver_version,memory.total,clocks.sm,clocks.max.sm
     every=(--seconds 0.1 --dtypes float32,bfloat16)
     step=(--seconds 2)
     derivative=(--seconds 1)
@@ -175,10 +188,9 @@ else
     compiled=(interpolate swiglu --seconds 0.01 --sizes small --dtypes float32)
 fi
 
-part 240 build build
+part 180 build build
 part 30 "check of the build" check_build
-part 120 "tests of the operations" test_operations
-part 60 "tests marked gpu" test_marked
+part 200 tests run_tests
 for operation in interpolate transition_loss qk_norm_rope adaln swiglu attention; do
     limit=60
     [ "$operation" = attention ] && limit=120 # many sizes and peers
@@ -192,6 +204,7 @@ part 150 "torch.compile" bench_compiled "${compiled[@]}"
 deadline=$((SECONDS + 20))
 part 20 summary summarise
 
+[ -z "$dry" ] || exit 0
 printf '\n'
 if [ "${#failed[@]}" -eq 0 ]; then
     echo "all parts passed in $SECONDS s"

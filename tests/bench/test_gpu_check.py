@@ -19,9 +19,63 @@ def test_the_script_parses() -> None:
     subprocess.run(["bash", "-n", str(SCRIPT)], check=True)
 
 
-def test_every_operation_is_benchmarked() -> None:
-    loop = re.search(r"for operation in (.*); do", SCRIPT.read_text())
-    assert set(loop.group(1).split()) == set(ops.available())
+def dry_run(*options: str) -> str:
+    command = ["bash", str(SCRIPT), "--dry-run", *options]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+@bash
+@pytest.mark.parametrize("device", ["cuda", "cpu"])
+def test_every_benchmark_runs_within_its_time(device) -> None:
+    planned = re.findall(r"^at most (\d+) s, .*?: (.*)$", dry_run("--device", device), re.M)
+    benches = {words[1] for words in (c.split() for _, c in planned) if words[0] == "bench"}
+    assert benches == {path.stem[6:] for path in SCRIPT.parent.glob("bench_*.py")}
+    assert set(ops.available()) <= benches
+    assert all(0 < int(limit) <= 200 for limit, _ in planned)
+    assert [command for _, command in planned][:3] == ["build", "check_build", "run_tests"]
+
+
+@bash
+def test_a_dry_run_leaves_nothing(tmp_path) -> None:
+    assert dry_run(str(tmp_path / "results")) and not (tmp_path / "results").exists()
+
+
+@bash
+def test_an_unknown_option_is_refused() -> None:
+    command = ["bash", str(SCRIPT), "--fast"]
+    answer = subprocess.run(command, capture_output=True, text=True)
+    assert answer.returncode == 2 and answer.stderr == "unknown option --fast\n"
+
+
+BARE = """
+import sys
+from importlib.abc import MetaPathFinder
+
+class Missing(MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in %r:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+sys.meta_path.insert(0, Missing())
+import pytest
+sys.exit(pytest.main(sys.argv[1:]))
+"""
+
+
+def test_tests_of_operations_and_captured_steps_need_torch_numpy_and_pytest_alone(tmp_path) -> None:
+    """A file that needs more would be skipped on a GPU machine that has no more."""
+    extras = (
+        "yaml", "safetensors", "huggingface_hub", "tyro", "rich", "PIL", "matplotlib", "hypothesis",
+        "diffusers", "transformers",
+    )  # fmt: skip
+    tests = SCRIPT.parents[1] / "tests"
+    command = [sys.executable, "-c", BARE % (extras,), "-q", "-p", "no:cacheprovider", "-m", "gpu"]
+    files = [tests / "ops", tests / "emulator/test_on_gpu.py", tests / "test_captured.py"]
+    options = ["--bare", "--collect-only", "-p", "no:hypothesispytest", "-p", "no:xdist", "-rs"]
+    answer = subprocess.run([*command, *options, *map(str, files)], capture_output=True, text=True)
+    assert answer.returncode == 0 and "not installed" not in answer.stdout, answer.stdout[-3000:]
+    for name in ("test_adaln.py", "test_on_gpu.py", "test_captured.py"):
+        assert f"{name}::" in answer.stdout
 
 
 @bash

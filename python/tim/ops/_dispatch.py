@@ -308,7 +308,7 @@ def promote(*tensors: Tensor) -> tuple[Tensor, ...]:
 def product_dtype(tensor: Tensor) -> torch.dtype:
     """The dtype in which PyTorch's matrix products take `tensor`: autocast's, where it is on."""
     device = tensor.device.type
-    if tensor.dtype == torch.float64 or not torch.is_autocast_enabled(device):
+    if tensor.dtype == torch.float64 or tensor.is_meta or not torch.is_autocast_enabled(device):
         return tensor.dtype
     return torch.get_autocast_dtype(device)
 
