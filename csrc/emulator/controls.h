@@ -27,6 +27,10 @@ inline void define_controls(pybind11::module_& m) {
             block().memory().set_global(ranges);
         },
         "The (address, bytes) that kernels may touch; none: any.");
+    m.def(
+        "run_last_blocks", [](uint64_t count) { device().last_blocks = count; },
+        pybind11::arg("count") = UINT64_MAX,
+        "Run only so many blocks of each launch, the last ones, until told otherwise.");
     m.attr("traced") = kTraced;
 }
 

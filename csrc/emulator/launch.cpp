@@ -93,6 +93,7 @@ cudaError_t launch(const cudaLaunchConfig_t& config, const void* kernel, const v
     const FaultHandler faults;
     std::string error;
     for (const uint64_t i : blocks) {
+        if (blocks.size() - i > device().last_blocks) continue;
         const uint3 index = {unsigned(i % gridDim.x), unsigned(i / gridDim.x % gridDim.y),
                              unsigned(i / gridDim.x / gridDim.y)};
         if (!block().run(index, config.blockDim, config.dynamicSmemBytes,
