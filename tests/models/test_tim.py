@@ -332,7 +332,12 @@ def test_refuses_bad_inputs_in_one_line(change, error, message):
 @pytest.mark.parametrize("name", "xtry")
 def test_refuses_what_is_no_tensor(name):
     inputs = dict(zip("xtry", arguments(LABELS), strict=True))
-    with pytest.raises(TypeError, match=f"^{name} must be a tensor, got list$"):
+    what = (
+        r"x\[0\] must be a tensor, got float"
+        if name == "x"
+        else f"{name} must be a tensor, got list"
+    )
+    with pytest.raises(TypeError, match=f"^{what}$"):
         TiM(LABELS)(**{**inputs, name: [0.5] * 3})
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from tim import ops
 from tim.models.config import TiMConfig
 from tim.models.layers import LayerNorm, Linear, SwiGLU, grouped_swiglu
+from tim.models.packing import Layout
 from tim.ops import pairs
 from tim.ops.pairs import Operand
 
@@ -20,6 +21,8 @@ from tim.ops.pairs import Operand
 Update: TypeAlias = tuple[Operand, Operand] | None
 #: Rotary cosines and sines.
 Tables: TypeAlias = tuple[Tensor, Tensor]
+#: Tokens [B, N, C]; in a packed batch the pieces of `Layout.pieces`.
+Tokens: TypeAlias = Operand | list[Operand]
 
 
 class Prepared(NamedTuple):
@@ -29,22 +32,38 @@ class Prepared(NamedTuple):
     offset: Operand | None  #: [B, 1, 3 C], added to q, k and v of every token
 
 
-def add_update(x: Operand, update: Update) -> Operand:
+def add_update(x: Tokens, update: Update, layout: Layout | None = None) -> Tokens:
     """Tokens [B, N, C] with the pending update added: x + gate y."""
     if update is None:
         return x
+    if layout is not None:
+        return [add_update(*piece) for piece in zip(x, _updates(update, layout), strict=True)]
     if not pairs.is_pair(x, *update):
         return x + update[1] * update[0]
     return pairs.lift(lambda x, y, gate: x + gate * y, x, *update)
 
 
 def normalise(
-    x: Operand, update: Update, shift: Operand, scale: Operand
-) -> tuple[Operand, Operand]:
-    """Tokens with the pending update added, and their adaptive norm, in one pass."""
+    x: Tokens, update: Update, shift: Operand, scale: Operand, layout: Layout | None = None
+) -> tuple[Tokens, Operand]:
+    """Tokens with the pending update added, and their adaptive norm, in one pass.
+
+    The norm of a packed batch is [sum of N_i, C].
+    """
+    if layout is not None:
+        updates = [None] * len(x) if update is None else _updates(update, layout)
+        modulation = (layout.rows_of_images(shift), layout.rows_of_images(scale))
+        done = [normalise(*piece) for piece in zip(x, updates, *modulation, strict=True)]
+        return [x for x, _ in done], layout.joined([h for _, h in done])
     if update is None:
         return x, ops.adaln(x, shift, scale)
     return ops.gated_adaln(x, *update, shift, scale)
+
+
+def _updates(update: tuple[Operand, Operand], layout: Layout) -> list[tuple[Operand, Operand]]:
+    """The update of a packed batch for each of the pieces of its tokens."""
+    y, gate = update
+    return list(zip(layout.pieces(y), layout.rows_of_images(gate), strict=True))
 
 
 class Attention(nn.Module):
@@ -63,19 +82,37 @@ class Attention(nn.Module):
         self.q_norm, self.k_norm = _head_norms(config)
         self.proj = Linear(width, width)
 
-    def forward(self, x: Operand, offset: Operand | None, rope: Tables) -> Operand:
+    def forward(
+        self, x: Operand, offset: Operand | None, rope: Tables, layout: Layout | None = None
+    ) -> Operand:
         """`offset` [B, 1, 3 C]: bias of q, k and v, and the projection of the interval."""
-        qkv = ops.linear(x, self.qkv.weight, self.qkv.bias if offset is None else offset)
+        bias = self.qkv.bias
+        if offset is not None:
+            bias = offset if layout is None else layout.spread(offset)
+        qkv = ops.linear(x, self.qkv.weight, bias)
         qkv = pairs.each(lambda qkv: qkv.unflatten(-1, self.heads), qkv)
+        if layout is None:
+            return self.proj(_heads_joined(ops.attention(*self._rotated(qkv, rope))))
+        outputs = []
+        for part, piece in zip(layout.parts, layout.split_by_part(qkv), strict=True):
+            tables = tuple(table[part.rows] for table in rope)
+            offsets, longest = part.offsets(rope[0].device)
+            out = ops.attention(
+                *self._rotated(_as_one(piece), tables),
+                cu_seqlens_q=offsets, cu_seqlens_k=offsets,
+                max_seqlen_q=longest, max_seqlen_k=longest,
+            )  # fmt: skip
+            outputs.append(_heads_joined(out))
+        return self.proj(layout.joined(outputs))
+
+    def _rotated(self, qkv: Operand, rope: Tables) -> tuple[Operand, Operand, Operand]:
         if self.q_norm is None:
             q, k, v = pairs.unbind(qkv, 2)
-            q, k = _rotate(q, rope), _rotate(k, rope)
-        else:
-            q, k, v = ops.qk_norm_rope(
-                qkv, self.q_norm.weight, self.q_norm.bias, self.k_norm.weight, self.k_norm.bias,
-                *rope, self.q_norm.eps,
-            )  # fmt: skip
-        return self.proj(_heads_joined(ops.attention(q, k, v)))
+            return _rotate(q, rope), _rotate(k, rope), v
+        return ops.qk_norm_rope(
+            qkv, self.q_norm.weight, self.q_norm.bias, self.k_norm.weight, self.k_norm.bias,
+            *rope, self.q_norm.eps,
+        )  # fmt: skip
 
 
 class CrossAttention(nn.Module):
@@ -90,15 +127,37 @@ class CrossAttention(nn.Module):
         self.q_norm, self.k_norm = _head_norms(config)
         self.proj = Linear(width, width)
 
-    def forward(self, x: Operand, text: Operand, rope: Tables) -> Operand:
+    def forward(
+        self, x: Operand, text: Operand, rope: Tables, layout: Layout | None = None
+    ) -> Operand:
         q = pairs.each(lambda q: q.unflatten(-1, self.heads), self.q(x))
         kv = pairs.each(lambda kv: kv.unflatten(-1, (2, *self.heads)), self.kv(text))
+        if layout is None:
+            return self.proj(_heads_joined(ops.attention(*self._normed(q, kv, rope))))
+        outputs = []
+        pieces = layout.split_by_part(q), layout.split_by_part(kv, images=True)
+        for part, q, kv in zip(layout.parts, *pieces, strict=True):
+            tables = tuple(table[part.rows] for table in rope)
+            captions = _as_one(pairs.each(lambda kv: kv.flatten(0, 1), kv))
+            words = (kv.primal if pairs.is_pair(kv) else kv).shape[1]
+            (offsets_q, longest_q), (offsets_k, longest_k) = (
+                part.offsets(rope[0].device), part.offsets_of(words, rope[0].device),
+            )  # fmt: skip
+            out = ops.attention(
+                *self._normed(_as_one(q), captions, tables),
+                cu_seqlens_q=offsets_q, cu_seqlens_k=offsets_k,
+                max_seqlen_q=longest_q, max_seqlen_k=longest_k,
+            )  # fmt: skip
+            outputs.append(_heads_joined(out))
+        return self.proj(layout.joined(outputs))
+
+    def _normed(self, q: Operand, kv: Operand, rope: Tables) -> tuple[Operand, Operand, Operand]:
         k, v = pairs.unbind(kv, 2)
         if self.q_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         dtype = (v.primal if pairs.is_pair(v) else v).dtype
         q, k = (pairs.each(lambda x: x.to(dtype), x) for x in (_rotate(q, rope), k))
-        return self.proj(_heads_joined(ops.attention(q, k, v)))
+        return q, k, v
 
 
 def _head_norms(config: TiMConfig) -> tuple[LayerNorm | None, LayerNorm | None]:
@@ -109,6 +168,11 @@ def _head_norms(config: TiMConfig) -> tuple[LayerNorm | None, LayerNorm | None]:
 
 def _rotate(x: Operand, rope: Tables) -> Operand:
     return pairs.each(lambda x: ops.rotate_reference(x, *rope).to(x.dtype), x)
+
+
+def _as_one(rows: Operand) -> Operand:
+    """Rows of a packed batch as the one sample [1, rows, ...] that attention takes."""
+    return pairs.each(lambda x: x[None], rows)
 
 
 def _heads_joined(x: Operand) -> Operand:
@@ -134,14 +198,15 @@ class Block(nn.Module):
 
     def forward(
         self,
-        x: Operand,
+        x: Tokens,
         update: Update,
         condition: Operand,
         interval: Operand,
         text: Operand | None,
         rope: Tables,
         prepared: Prepared | None = None,
-    ) -> tuple[Operand, Update]:
+        layout: Layout | None = None,
+    ) -> tuple[Tokens, Update]:
         """Tokens and pending update before the block to tokens and pending update after it.
 
         Args:
@@ -150,19 +215,21 @@ class Block(nn.Module):
             text: [B, M, C] normalised text tokens of a text model, else None.
             rope: cos, sin [N, head_dim].
             prepared: this block's of `prepare`, or None to have it made here.
+            layout: of a packed batch, or None. N is then the tokens of all images, B their number;
+                x are pieces, update ([N, C], gate [B, 1, C]).
         """
         if prepared is None:
             (prepared,) = prepare([self], condition, interval)
         modulation, offset = prepared
         shift, scale, gate = modulation[:3]
-        x, h = normalise(x, update, shift, scale)
-        update = self.attn(h, offset, rope), gate
+        x, h = normalise(x, update, shift, scale, layout)
+        update = self.attn(h, offset, rope, layout), gate
         if self.cross_attn is not None:
             shift, scale, gate = modulation[3:6]
-            x, h = normalise(x, update, shift, scale)
-            update = self.cross_attn(h, text, rope), gate
+            x, h = normalise(x, update, shift, scale, layout)
+            update = self.cross_attn(h, text, rope, layout), gate
         shift, scale, gate = modulation[-3:]
-        x, h = normalise(x, update, shift, scale)
+        x, h = normalise(x, update, shift, scale, layout)
         return x, (self.mlp(h), gate)
 
 
@@ -212,11 +279,13 @@ class FinalLayer(nn.Module):
         self.linear = Linear(hidden_size, out_features)
         self.adaLN_modulation = SwiGLU(hidden_size, hidden_size // 2, 2 * hidden_size)
 
-    def forward(self, x: Operand, update: Update, condition: Operand) -> Operand:
+    def forward(
+        self, x: Tokens, update: Update, condition: Operand, layout: Layout | None = None
+    ) -> Operand:
         condition = pairs.each(lambda x: x[:, 0], condition)
         modulation = grouped_swiglu(condition, [self.adaLN_modulation])
         ((shift, scale),) = modulation_pieces(modulation, 2)
-        return self.linear(normalise(x, update, shift, scale)[1])
+        return self.linear(normalise(x, update, shift, scale, layout)[1])
 
 
 def norm_without_parameters(x: Operand) -> Operand:

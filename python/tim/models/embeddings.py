@@ -17,7 +17,7 @@ MAX_PERIOD = 10000.0
 
 
 class PatchEmbedder(nn.Module):
-    """Latents [B, C, H, W] to tokens [B, (H / p) (W / p), hidden], row-major.
+    """Patches [..., C p p] of latents to tokens [..., hidden].
 
     The released weights are those of a convolution with kernel and stride p. Since the patches do
     not overlap it is a matrix product, and as one it has a tangent without graph.
@@ -28,11 +28,11 @@ class PatchEmbedder(nn.Module):
         self.patch_size = patch_size
         self.proj = nn.Conv2d(in_channels, hidden_size, patch_size, stride=patch_size)
 
-    def forward(self, x: Operand) -> Operand:
-        patches = pairs.each(self._patches, x)
+    def forward(self, patches: Operand) -> Operand:
         return ops.linear(patches, self.proj.weight.flatten(1), self.proj.bias)
 
-    def _patches(self, x: Tensor) -> Tensor:
+    def patches(self, x: Tensor) -> Tensor:
+        """Latents [B, C, H, W] as patches [B, (H / p) (W / p), C p p], row-major."""
         p = self.patch_size
         batch, channels, height, width = x.shape
         rows, columns = height // p, width // p

@@ -3,6 +3,7 @@
 # No postponed annotations here: the hub mixin reads the class of `config` from the signature.
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +11,12 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 from torch.autograd import forward_ad
-from torch.utils._pytree import tree_map
-from torch.utils.checkpoint import checkpoint
 
-from tim._checks import check_floating, check_tensor
 from tim.models.blocks import (
     Block,
     FinalLayer,
     Prepared,
+    Tokens,
     add_update,
     can_prepare,
     norm_without_parameters,
@@ -26,7 +25,10 @@ from tim.models.blocks import (
 from tim.models.config import TiMConfig
 from tim.models.embeddings import CaptionEmbedder, LabelEmbedder, PatchEmbedder, TimeEmbedder
 from tim.models.hub import HubMixin
+from tim.models.inputs import check, checked_tangents, moving_images
 from tim.models.layers import Linear, SiLU
+from tim.models.packing import Layout
+from tim.models.recompute import recomputed, values, values_in
 from tim.models.rope import rope_tables
 from tim.ops import pairs
 from tim.ops.pairs import Operand, Pair
@@ -87,17 +89,19 @@ class TiM(
 
     def forward(
         self,
-        x: Tensor,
+        x: Tensor | Sequence[Tensor],
         t: Tensor,
         r: Tensor,
         y: Tensor,
         return_features: bool = False,
-        tangents: tuple[Tensor, Tensor] | None = None,
-    ) -> Tensor | tuple[Tensor, ...]:
-        """F_theta(x, t, r, y).
+        tangents: tuple[Tensor | Sequence[Tensor], Tensor] | None = None,
+    ) -> Any:
+        """F_theta(x_t, t, r, y).
 
         Args:
-            x: [B, C, H, W] noisy latents, H and W any multiples of patch_size.
+            x: [B, C, H, W] noisy latents, H and W any multiples of patch_size; or a packed batch, a
+                sequence of B latents [C, H_i, W_i] of any sizes, which run as one sequence of
+                tokens without padding.
             t, r: [B] times as the network sees them, c_noise(t) and c_noise(r); best in float32
                 or wider, whatever the dtype of the parameters.
             y: [B] integer labels (num_classes is the null label), or [B, M, cap_feat_dim] caption
@@ -105,94 +109,127 @@ class TiM(
             return_features: also return the projection head's output after block `encoder_depth`.
             tangents: of x [T, C, H, W] and t [T] of the last T <= B samples: also return the
                 derivative dF along them. One pass, for which `torch.func.jvp` would need another
-                one for the samples without tangents; works with `gradient_checkpointing`.
+                one for the samples without tangents; works with `gradient_checkpointing`. Of a
+                packed batch T tensors like the last of x, and t [T].
 
         Returns:
             F: [B, C, H, W], or as a tuple F, features [B, N, z_dim] with N = (H / p) (W / p), and
             dF [T, C, H, W], without graph; in the dtype of the parameters, or that of autocast.
-            x and captions are converted to it.
+            x and captions are converted to it. Of a packed batch lists of F_i [C, H_i, W_i],
+            features [N_i, z_dim] and dF_i.
 
         Raises:
             ValueError: a shape does not fit, or features are asked of a network without z_dim.
             TypeError: an argument is no tensor, x, t, r or captions are not floating-point, or
                 labels not integers.
         """
-        self._check(x, t, r, y, return_features)
-        if tangents is not None:
-            x, t = self._with_tangents(x, t, r, y, tangents)
-            F, features = self._run(x, t, r, y, return_features, moving_features=False)
-            return (F.primal, features, F.tangent) if return_features else (F.primal, F.tangent)
-        duals = pairs.of_duals(
-            (x, t, r, y) if y.is_floating_point() else (x, t, r), self.parameters()
-        )
-        if duals is None:
-            out, features = self._run(x, t, r, y, return_features)
+        check(self.config, x, t, r, y, return_features)
+        patch, dtype = self.config.patch_size, self.x_embedder.proj.weight.dtype
+        if isinstance(x, Tensor):
+            rows, columns = (size // patch for size in x.shape[2:])
+            grids, layout = [(rows, columns)], None
         else:
-            out, features = (
-                None if operand is None else pairs.as_dual("the network", operand)
-                for operand in self._run(*duals, *(x, t, r, y)[len(duals) :], return_features)
+            moving = moving_images(x, t, r, tangents)
+            grids = [(image.shape[1] // patch, image.shape[2] // patch) for image in x]
+            layout = Layout(tuple(grids), moving)
+
+        def patches(x: Tensor | Sequence[Tensor]) -> Tensor:
+            if layout is None:
+                return self.x_embedder.patches(x.to(dtype))
+            return layout.concatenated([self.x_embedder.patches(i[None].to(dtype))[0] for i in x])
+
+        def latents(tokens: Tensor) -> Tensor | list[Tensor]:
+            if layout is None:
+                return self._unpatchify(tokens, *grids[0])
+            images = layout.images(tokens)
+            last = grids[len(grids) - len(images) :]
+            return [
+                self._unpatchify(image[None], *grid)[0]
+                for image, grid in zip(images, last, strict=True)
+            ]
+
+        def of_images(rows: Tensor | None) -> Tensor | list[Tensor] | None:
+            return rows if layout is None or rows is None else layout.images(rows)
+
+        if tangents is not None:
+            v, dt = checked_tangents(x, t, r, y, tangents)
+            inputs = patches(x), t
+            if layout is None or layout.moving:
+                with torch.no_grad():
+                    v = patches(v)
+                inputs = Pair(inputs[0], v), Pair(t, dt)
+            F, features = self._run(
+                *inputs, r, y, return_features, grids, layout, moving_features=False
             )
+            dF = latents(F.tangent) if isinstance(F, Pair) else []
+            F, features = latents(values(F)), of_images(features)
+            return (F, features, dF) if return_features else (F, dF)
+        embedded = patches(x)
+        duals = pairs.of_duals(
+            (embedded, t, r, y) if y.is_floating_point() else (embedded, t, r), self.parameters()
+        )
+        inputs = (embedded, t, r, y) if duals is None else (*duals, *(y,)[len(duals) - 3 :])
+        out, features = (
+            None if operand is None else pairs.as_dual("the network", operand)
+            for operand in self._run(*inputs, return_features, grids, layout)
+        )
+        out, features = latents(out), of_images(features)
         return (out, features) if return_features else out
 
     def _run(
         self,
-        x: Operand,
+        patches: Operand,
         t: Operand,
         r: Operand,
         y: Operand,
         return_features: bool,
+        grids: Sequence[tuple[int, int]],
+        layout: Layout | None,
         moving_features: bool = True,
     ) -> tuple[Operand, Operand | None]:
-        """F and features; the latter without tangents unless `moving_features`."""
+        """F token by token, and features; the latter without tangents unless `moving_features`."""
         config = self.config
-        rows, columns = (size // config.patch_size for size in _values(x).shape[2:])
-        dtype = self.x_embedder.proj.weight.dtype
-        tokens = self.x_embedder(pairs.each(lambda x: x.to(dtype), x))
+        tokens: Tokens = self.x_embedder(patches)
+        wide = torch.promote_types(values(tokens).dtype, torch.float32)
+        if layout is not None:
+            t, r, y = (layout.ordered(value) for value in (t, r, y))
+            grids, tokens = [grids[i] for i in layout.order], layout.pieces(tokens)
         condition, interval = self._embed_times(t, r)
         text = None
         if config.num_classes is None:
             text = norm_without_parameters(self.y_embedder(y))
         else:
             condition = pairs.add(condition, self.y_embedder(y)[:, None])
-        rope = rope_tables(
-            rows, columns, config.head_dim, config.rope_grid,
-            scaling=config.rope_scaling, decouple=config.rope_decouple,
-            train_size=config.rope_train_size or config.input_size // config.patch_size,
-            device=_values(x).device,
-            dtype=torch.promote_types(_values(tokens).dtype, torch.float32),
-        )  # fmt: skip
+        tables = [
+            rope_tables(
+                *grid, config.head_dim, config.rope_grid,
+                scaling=config.rope_scaling, decouple=config.rope_decouple,
+                train_size=config.rope_train_size or config.input_size // config.patch_size,
+                device=values(patches).device, dtype=wide,
+            )
+            for grid in grids
+        ]  # fmt: skip
+        rope = tables[0]
+        if len(tables) > 1:
+            rope = tuple(torch.cat(table) for table in zip(*tables, strict=True))
 
         conditions = (condition, interval, text, rope)
         prepared: list[Prepared | None] = [None] * len(self.blocks)
         if can_prepare(self.blocks):
             prepared = prepare(self.blocks, condition, interval)
-        checkpoints = self._checkpoints(x, t, r)
+        checkpoints = self._checkpoints(patches, t, r)
         update, features = None, None
         for number, block in enumerate(self.blocks, start=1):
-            arguments = (*conditions, prepared[number - 1])
+            arguments = (*conditions, prepared[number - 1], layout)
             if checkpoints:
-                tokens = _recomputed(block, tokens, *arguments)
+                tokens = recomputed(block, tokens, *arguments)
             else:
                 tokens, update = block(tokens, update, *arguments)
             if return_features and number == config.encoder_depth:
-                inputs = (tokens, update) if moving_features else _values_in((tokens, update))
-                features = self.projector(add_update(*inputs))
-        out = self.final_layer(tokens, update, condition)
-        return pairs.each(lambda out: self._unpatchify(out, rows, columns), out), features
-
-    def _with_tangents(
-        self, x: Tensor, t: Tensor, r: Tensor, y: Tensor, tangents: tuple[Tensor, Tensor]
-    ) -> tuple[Pair, Pair]:
-        t_x, t_t = tangents
-        for name, value in (("tangents[0]", t_x), ("tangents[1]", t_t)):
-            check_tensor(name, value)
-        if t_x.shape[1:] != x.shape[1:] or t_t.shape != t_x.shape[:1] or len(t_x) > len(x):
-            raise ValueError(
-                f"tangents must have shapes [T, C, H, W] and [T] with T <= B = {len(x)} and the "
-                f"rest of x, {list(x.shape)}, got {list(t_x.shape)} and {list(t_t.shape)}"
-            )
-        pairs.refuse_tangents("the network with tangents given", x, t, r, y)
-        return Pair(x, t_x.detach()), Pair(t, t_t.detach().to(t.dtype))
+                inputs = (tokens, update) if moving_features else values_in((tokens, update))
+                features = add_update(*inputs, layout)
+                features = self.projector(features if layout is None else layout.joined(features))
+        return self.final_layer(tokens, update, condition, layout), features
 
     def null_condition(self, batch: int) -> Tensor:
         """`batch` null labels, [batch] int64 on the model's device, for guidance and label dropout.
@@ -235,42 +272,6 @@ class TiM(
             isinstance(x, Pair) or forward_ad.unpack_dual(x).tangent is not None for x in inputs
         )
 
-    def _check(self, x: Tensor, t: Tensor, r: Tensor, y: Tensor, return_features: bool) -> None:
-        for name, value in (("x", x), ("t", t), ("r", r), ("y", y)):
-            check_tensor(name, value)
-        config = self.config
-        if x.dim() != 4 or x.shape[1] != config.in_channels:
-            raise ValueError(
-                f"x must have shape [B, {config.in_channels}, H, W], got {list(x.shape)}"
-            )
-        batch, _, height, width = x.shape
-        if height % config.patch_size or width % config.patch_size or not height * width:
-            raise ValueError(
-                f"x must have H and W that are multiples of patch_size {config.patch_size}, "
-                f"got {height} x {width}"
-            )
-        for name, time in (("t", t), ("r", r)):
-            if time.shape != (batch,):
-                raise ValueError(f"{name} must have shape [B] = [{batch}], got {list(time.shape)}")
-        floats = {"x": x, "t": t, "r": r}
-        if config.num_classes is None:
-            floats["y"] = y
-            if y.dim() != 3 or y.shape[0] != batch or y.shape[2] != config.cap_feat_dim:
-                raise ValueError(
-                    f"y must have shape [B, M, K] = [{batch}, M, {config.cap_feat_dim}], "
-                    f"got {list(y.shape)}"
-                )
-        elif y.shape != (batch,):
-            raise ValueError(f"y must have shape [B] = [{batch}], got {list(y.shape)}")
-        elif y.dtype not in (torch.int32, torch.int64):
-            raise TypeError(f"y must hold int64 or int32 labels, got {y.dtype}")
-        for name, tensor in floats.items():
-            check_floating(name, tensor)
-        if return_features and config.z_dim is None:
-            raise ValueError(
-                "return_features needs a projection head, got a config with z_dim None"
-            )
-
     @torch.no_grad()
     def _initialise(self) -> None:
         for module in self.modules():
@@ -312,32 +313,3 @@ class TiM(
         file = "model.safetensors"
         path = folder / file if folder.is_dir() else fetch(model_id, file, **download)
         return load_weights(config, path, device=map_location)
-
-
-def _values(operand: Operand) -> Tensor:
-    return operand.primal if isinstance(operand, Pair) else operand
-
-
-def _values_in(tree: Any) -> Any:
-    return tree_map(_values, tree, is_leaf=lambda node: isinstance(node, Pair))
-
-
-def _recomputed(block: Block, tokens: Operand, *conditions: Any) -> Operand:
-    """The block with its update added inside, so that one tensor per block is stored, not two.
-
-    Tangents are computed the first time only: the backward pass does not need them.
-    """
-    tangents = [tokens.tangent] if isinstance(tokens, Pair) else []
-    kept: list[Tensor] = []
-
-    def run(tokens: Tensor, *conditions: Any) -> Tensor:
-        if not tangents:
-            return add_update(*block(tokens, None, *_values_in(conditions)))
-        out = add_update(*block(Pair(tokens, tangents.pop()), None, *conditions))
-        kept.append(out.tangent)
-        return out.primal
-
-    primal = checkpoint(
-        run, _values(tokens), *conditions, use_reentrant=False, preserve_rng_state=False
-    )
-    return Pair(primal, kept.pop()) if kept else primal
