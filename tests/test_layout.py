@@ -21,12 +21,21 @@ PLACES = {
 WITHOUT_CUDA = {"attention"}
 #: Lowest first; a module may import from its own layer and those below it. Every module is in one.
 LAYERS = (
-    ("_checks", "_extension", "_flags", "_imports"),
+    ("_checks", "_extension", "_flags", "_imports", "images"),
     ("ops",),
     ("models",),
     ("transports",),
     ("schedule",),
-    ("_passes", "derivative", "graphs", "objective", "sampling_graph", "sampler"),
+    (
+        "_passes",
+        "derivative",
+        "graphs",
+        "guidance",
+        "objective",
+        "packed_sampling",
+        "sampling_graph",
+        "sampler",
+    ),
     ("autoencoder", "repa", "text"),
     (
         "conditions",

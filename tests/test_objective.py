@@ -591,7 +591,7 @@ def test_constructor_errors(changes, error, message):
         ({"x": 1.0}, TypeError, "x must be a tensor, got float"),
         ({"model": None}, TypeError, "model must be a network, got NoneType"),
         ({"ema_model": "ema"}, TypeError, "ema_model must be a network, got str"),
-        ({"x": [1.0]}, TypeError, "x must be a tensor, got list"),
+        ({"x": [1.0]}, TypeError, "x[0] must be a tensor, got float"),
         ({"t": 0.5, "r": 0.1}, TypeError, "t must be a tensor, got float"),
         ({"null": 10}, TypeError, "null must be a tensor, got int"),
         ({"y_guidance": [1] * 8}, TypeError, "y_guidance must be a tensor, got list"),

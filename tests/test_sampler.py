@@ -340,7 +340,7 @@ def test_progress_bar(capsys):
         (
             {"noise": torch.zeros(2, 3)},
             ValueError,
-            "noise must have shape [B, C, H, W], got [2, 3]",
+            "noise must have shape [B, C, H, W] with B > 0, got [2, 3]",
         ),
         (
             {"noise": torch.zeros(2, 1, 3, 3).long()},

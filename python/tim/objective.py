@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
-from typing import Literal
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as torch_f
 from torch import Tensor
 
-from tim import ops
+from tim import images, ops
 from tim._checks import check_callable, check_floating, check_number, check_tensor
 from tim._passes import evaluating, without_gradient
 from tim.derivative import Network, central_pair, exact_derivative
-from tim.schedule import resolution_shift, shift_within
+from tim.guidance import Guidance, as_guidance
+from tim.images import Images
+from tim.schedule import resolution_shifts, shift_within
 from tim.transports import Transport, rows
 
 TIME_WEIGHTS: dict[str, Callable[[Tensor, float], Tensor]] = {
@@ -35,42 +37,10 @@ _MAP_LIMITS = {"tangent": torch.pi / 2, "sigmoid": 1.0}
 
 
 @dataclass(frozen=True)
-class Guidance:
-    """Guidance in training: for w_start <= t <= w_end the target's velocity v_t is replaced by
-
-    w_gt v_t + w_cond v(F_cond) + (1 - w_gt - w_cond) v(F_null)
-
-    with F_cond and F_null the predictions at (x_t, t, t) of the averaged network and v(F) the
-    velocity that F stands for. ``along`` names the velocity that the derivative follows: "guided"
-    makes the target consistent with the guided path, "data" is the published form.
-    """
-
-    w_gt: float = 1.0
-    w_cond: float = 0.75
-    w_start: float = 0.3
-    w_end: float = 0.8
-    along: Literal["guided", "data"] = "guided"
-
-    def __post_init__(self) -> None:
-        for name in ("w_gt", "w_cond", "w_start", "w_end"):
-            check_number(f"guidance {name}", getattr(self, name))
-        if not self.w_start <= self.w_end:
-            raise ValueError(
-                f"guidance needs w_start <= w_end, got w_start={self.w_start}, w_end={self.w_end}"
-            )
-        if self.along not in ("guided", "data"):
-            raise ValueError(f"guidance along must be 'guided' or 'data', got {self.along!r}")
-
-    def weights(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        """w_gt and w_cond per sample: 1 and 0 outside the window."""
-        inside = (t >= self.w_start) & (t <= self.w_end)
-        one = torch.ones_like(t)
-        return torch.where(inside, self.w_gt, one), torch.where(inside, self.w_cond, 0 * one)
-
-
-@dataclass(frozen=True)
 class TransitionLossOutput:
     """What one evaluation of `TransitionLoss` yields; only loss and projection are differentiable.
+
+    Of a packed batch target, tail_derivative and derivative are lists of [C, H_i, W_i].
 
     The value of ``loss`` says nothing (the adaptive weight cancels it): log ``denoising``.
     """
@@ -79,14 +49,18 @@ class TransitionLossOutput:
     denoising: Tensor  #: [B], squared error plus cosine term
     weight: Tensor  #: [B], time weight / (denoising + 1e-5)
     projection: Tensor  #: scalar, mean of 1 - cos(h, features); 0 without features
-    target: Tensor  #: [B, C, H, W]
+    target: Images  #: [B, C, H, W]
     t: Tensor  #: [B]
     r: Tensor  #: [B]
-    tail_derivative: Tensor | None  #: dF of the samples behind the diffusion part, if there are any
+    tail_derivative: Images | None  #: dF of the samples behind the diffusion part, if there are any
 
     @functools.cached_property
-    def derivative(self) -> Tensor:
+    def derivative(self) -> Images:
         """[B, C, H, W], dF; 0 for the diffusion part."""
+        if images.is_packed(self.target):
+            tail = self.tail_derivative or []
+            resting = self.target[: len(self.target) - len(tail)]
+            return [*map(torch.zeros_like, resting), *tail]
         derivative = torch.zeros_like(self.target)
         if self.tail_derivative is not None:
             derivative[len(derivative) - len(self.tail_derivative) :] = self.tail_derivative
@@ -163,7 +137,7 @@ class TransitionLoss:
                 f"time_weight_map {self.time_weight_map!r} needs times below {limit:g}, "
                 f"got T_max = {T_max:g} of {self.transport.name}: use time_weight_map=None"
             )
-        object.__setattr__(self, "guidance", _as_guidance(self.guidance))
+        object.__setattr__(self, "guidance", as_guidance(self.guidance))
         if self.shift_base is not None:
             check_number("shift_base", self.shift_base)
             if self.shift_base < 1:
@@ -171,40 +145,45 @@ class TransitionLoss:
 
     def __call__(
         self,
-        model: Callable[..., Tensor],
-        x: Tensor,
-        z: Tensor,
+        model: Callable[..., Any],
+        x: Images,
+        z: Images,
         y: Tensor,
         t: Tensor | None = None,
         r: Tensor | None = None,
         null: Tensor | None = None,
         y_guidance: Tensor | None = None,
         ema_model: Callable[..., Tensor] | None = None,
-        features: Tensor | None = None,
+        features: Images | None = None,
     ) -> TransitionLossOutput:
         """Loss of ``model`` on one batch; nothing here waits for the device.
 
         Args:
             model: model(x_t, c_noise(t), c_noise(r), y) -> F [B, C, H, W], and with
-                return_features=True -> (F, h [B, N, z_dim]).
-            x, z: [B, C, H, W], clean latents and noise; no gradient reaches them.
+                return_features=True -> (F, h [B, N, z_dim]). Of lists it returns lists.
+            x, z: [B, C, H, W], clean latents and noise; no gradient reaches them. Or packed: lists
+                of B images [C, H_i, W_i] of any sizes, for which `model` is called as `TiM` is.
+                Each image counts the same in the loss, whatever its size.
             y: labels [B] or caption features [B, M, K].
             t, r: [B], both or neither; drawn when not given, else used as they are, and the first
                 round(diffusion_ratio B) samples, which must have r = t, have no derivative.
             null: null labels or features, shaped like y; needed with guidance.
             y_guidance: condition of the guidance network, y when None (y with labels dropped).
             ema_model: the guidance network; needed with guidance. Run in evaluation mode.
-            features: [B, N, z_dim], what the projection head is to predict.
+            features: [B, N, z_dim], what the projection head is to predict; packed B of
+                [N_i, z_dim].
 
         Raises:
             TypeError, ValueError: an argument is of the wrong type, dtype or shape, or missing.
         """
         self._check(model, x, z, y, t, r, null, y_guidance, ema_model, features)
-        x, z, n = x.detach(), z.detach(), round(self.diffusion_ratio * len(x))
+        x, z = (images.each(Tensor.detach, batch) for batch in (x, z))
+        n = round(self.diffusion_ratio * len(x))
         if t is None:
             t, r = self.draw_times(x)
         transport = self.transport
-        x_t, v_t = ops.interpolate(x, z, torch.stack(transport.interpolant(t), dim=1))
+        path = torch.stack(transport.interpolant(t), dim=1)
+        x_t, v_t = images.each(ops.interpolate, x, z, path)
 
         predictions = None
         if self.guidance is None:
@@ -229,22 +208,16 @@ class TransitionLoss:
             F, h = network(x_t, t, r, y)
             e = self._half_width(t[n:])
             states = self._neighbours(x[n:], z[n:], x_t[n:], t[n:], v_t[n:], e)
-            pair_or_dF = ahead, behind = central_pair(network, *states, t[n:], r[n:], y[n:], e)
-            dF = (ahead.to(e.dtype) - behind.to(e.dtype)) / rows(2 * e, F)
+            pair_or_dF = central_pair(network, *states, t[n:], r[n:], y[n:], e)
+            dF = images.each(_quotient, *pair_or_dF, e)
             c_d = coefficients[2]
             coefficients[2] = torch.cat([c_d[:n], c_d[n:] * self.epsilon / e])
 
-        terms = ops.transition_loss(
-            F,
-            x,
-            z,
-            torch.stack(coefficients, dim=1),
-            pair_or_dF,
-            epsilon=self.epsilon,
-            guidance=predictions,
-            time_weight=self._time_weights(t, r, n),
-            cosine=self.cosine,
-        )
+        coefficients = torch.stack(coefficients, dim=1)
+        time_weights = self._time_weights(t, r, n)
+        arguments = (F, x, z, coefficients, pair_or_dF, predictions, time_weights)
+        terms_of = self._terms_of_each if images.is_packed(x) else self._terms
+        terms = terms_of(*arguments)
         return TransitionLossOutput(
             loss=terms.loss.mean(),
             denoising=terms.denoising,
@@ -256,13 +229,52 @@ class TransitionLoss:
             tail_derivative=dF,
         )
 
-    def draw_times(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Random t and r [B] for a batch x, from the global generator of its device."""
-        batch, dtype = len(x), torch.promote_types(x.dtype, torch.float32)
+    def _terms(self, F, x, z, coefficients, pair_or_dF, predictions, time_weights):
+        return ops.transition_loss(
+            F,
+            x,
+            z,
+            coefficients,
+            pair_or_dF,
+            epsilon=self.epsilon,
+            guidance=predictions,
+            time_weight=time_weights,
+            cosine=self.cosine,
+        )
+
+    def _terms_of_each(self, F, x, z, coefficients, pair_or_dF, predictions, time_weights):
+        """`_terms` of a packed batch."""
+        pair = isinstance(pair_or_dF, tuple)
+        ahead, behind = pair_or_dF if pair else (pair_or_dF, None)
+        n = len(x) - (0 if ahead is None else len(ahead))
+
+        def one(batch: Images | None, i: int) -> Tensor | None:
+            return None if batch is None or i < 0 else batch[i][None]
+
+        found = [
+            self._terms(
+                one(F, i), one(x, i), one(z, i), coefficients[i : i + 1],
+                (one(ahead, i - n), one(behind, i - n)) if pair and i >= n else one(ahead, i - n),
+                predictions and tuple(one(p, i) for p in predictions),
+                time_weights[i : i + 1],
+            )
+            for i in range(len(x))
+        ]  # fmt: skip
+        *scalars, targets = zip(*found, strict=True)
+        return ops.TransitionLossTerms(*map(torch.cat, scalars), [t[0] for t in targets])
+
+    def draw_times(self, x: Images) -> tuple[Tensor, Tensor]:
+        """Random t and r [B] for a batch x, from the global generator of its device.
+
+        With `shift_base` they are shifted for the resolution, of a packed batch for that of each
+        image.
+        """
+        like = images.first(x)
+        batch, dtype = len(x), torch.promote_types(like.dtype, torch.float32)
         n = round(self.diffusion_ratio * batch)
-        a, b = (self.transport.sample_t(batch, device=x.device, dtype=dtype) for _ in range(2))
+        a, b = (self.transport.sample_t(batch, device=like.device, dtype=dtype) for _ in range(2))
         if self.shift_base is not None:
-            shift = resolution_shift(x.shape[2] * x.shape[3], self.shift_base)
+            shift = resolution_shifts(x, self.shift_base, dtype)
             a, b = (shift_within(self.transport, t, shift) for t in (a, b))
         t, r = torch.maximum(a, b), torch.minimum(a, b)
         last = min(round(self.consistency_ratio * batch), batch - n)
@@ -280,54 +292,62 @@ class TransitionLoss:
         return weights
 
     def _predict_guidance(
-        self, ema_model: Callable, x_t: Tensor, t: Tensor, y: Tensor, null: Tensor
-    ) -> tuple[Tensor, Tensor]:
+        self, ema_model: Callable, x_t: Images, t: Tensor, y: Tensor, null: Tensor
+    ) -> tuple[Images, Images]:
         # The whole batch: which samples lie inside the window is known on the device only.
-        with evaluating(ema_model), without_gradient(x_t.device):
+        with evaluating(ema_model), without_gradient(t.device):
             network = Network(ema_model, self.transport)
             twice = t.repeat(2)
-            F, _ = network(torch.cat([x_t, x_t]), twice, twice, torch.cat([y, null.to(y.dtype)]))
-        return tuple(F.chunk(2))
+            both = torch.cat([y, null.to(y.dtype)])
+            F, _ = network(images.joined(x_t, x_t), twice, twice, both)
+        return images.halves(F)
 
     def _guided_velocity(
         self,
-        x_t: Tensor,
-        v_t: Tensor,
+        x_t: Images,
+        v_t: Images,
         t: Tensor,
         w_gt: Tensor,
         w_cond: Tensor,
-        predictions: tuple[Tensor, Tensor],
-    ) -> Tensor:
-        v_cond, v_null = (self.transport.velocity(x_t, t, F) for F in predictions)
-        w_null = 1 - w_gt - w_cond
-        guided = rows(w_gt, x_t) * v_t + rows(w_cond, x_t) * v_cond + rows(w_null, x_t) * v_null
-        return guided.to(x_t.dtype)
+        predictions: tuple[Images, Images],
+    ) -> Images:
+        def guided(x_t, v_t, t, w_gt, w_cond, *predictions) -> Tensor:
+            v_cond, v_null = (self.transport.velocity(x_t, t, F) for F in predictions)
+            w_null = 1 - w_gt - w_cond
+            parts = ((w_gt, v_t), (w_cond, v_cond), (w_null, v_null))
+            return sum(rows(w, x_t) * v for w, v in parts).to(x_t.dtype)
+
+        return images.each(guided, x_t, v_t, t, w_gt, w_cond, *predictions)
 
     def _half_width(self, t: Tensor) -> Tensor:
         e = torch.full_like(t, self.epsilon)
         return torch.minimum(e, t / 2) if self.transport.singular_at_zero else e
 
     def _neighbours(
-        self, x: Tensor, z: Tensor, x_t: Tensor, t: Tensor, v: Tensor, e: Tensor
-    ) -> tuple[Tensor, Tensor]:
+        self, x: Images, z: Images, x_t: Images, t: Tensor, v: Images, e: Tensor
+    ) -> tuple[Images, Images]:
         """States at t + e and t - e: along v for guided derivatives, on the data path otherwise."""
         if self.guidance is not None and self.guidance.along == "guided":
             one = torch.ones_like(e)
-            return ops.interpolate(x_t, v, torch.stack([one, e, one, -e], dim=1))
+            line = torch.stack([one, e, one, -e], dim=1)
+            return images.each(ops.interpolate, x_t, v, line)
         ahead, behind = self.transport.interpolant(t + e)[:2], self.transport.interpolant(t - e)[:2]
-        return ops.interpolate(x, z, torch.stack([*ahead, *behind], dim=1))
+        return images.each(ops.interpolate, x, z, torch.stack([*ahead, *behind], dim=1))
 
     def _check(self, model, x, z, y, t, r, null, y_guidance, ema_model, features) -> None:
         check_callable("model", model)
-        for name, value in (("x", x), ("z", z), ("y", y)):
-            check_tensor(name, value)
-        if x.dim() != 4 or len(x) == 0:
-            raise ValueError(f"x must have shape [B, C, H, W] with B > 0, got {list(x.shape)}")
-        check_floating("x", x)
-        if (z.shape, z.dtype, z.device) != (x.shape, x.dtype, x.device):
+        images.check("x", x)
+        images.check("z", z)
+        check_tensor("y", y)
+        mine, like = images.first(z), images.first(x)
+        if (images.shapes(z), mine.dtype, mine.device) != (
+            images.shapes(x),
+            like.dtype,
+            like.device,
+        ):
             raise ValueError(
-                f"z must match x, {list(x.shape)} {x.dtype} on {x.device}, "
-                f"got {list(z.shape)} {z.dtype} on {z.device}"
+                f"z must match x, {images.shapes(x)} {like.dtype} on {like.device}, "
+                f"got {images.shapes(z)} {mine.dtype} on {mine.device}"
             )
         if y.dim() == 0 or len(y) != len(x):
             raise ValueError(f"y must have B = {len(x)} rows, got shape {list(y.shape)}")
@@ -338,7 +358,7 @@ class TransitionLoss:
                 continue
             check_tensor(name, time)
             check_floating(name, time)
-            if time.shape != x.shape[:1]:
+            if time.shape != (len(x),):
                 raise ValueError(f"{name} must have shape [B] = [{len(x)}], got {list(time.shape)}")
         if self.guidance is not None:
             if ema_model is None or null is None:
@@ -353,6 +373,15 @@ class TransitionLoss:
                     )
         if features is None:
             return
+        if images.is_packed(x):
+            if not images.is_packed(features) or len(features) != len(x):
+                raise ValueError(
+                    f"features must be a list of B = {len(x)} tensors [N_i, z_dim] like x, "
+                    f"got {_described(features)}"
+                )
+            for i, rows_ in enumerate(features):
+                check_tensor(f"features[{i}]", rows_)
+            return
         check_tensor("features", features)
         if features.dim() != 3 or len(features) != len(x):
             raise ValueError(
@@ -361,31 +390,35 @@ class TransitionLoss:
             )
 
 
-def _projection_loss(h: Tensor | None, features: Tensor | None, like: Tensor) -> Tensor:
+def _described(value: object) -> str:
+    if isinstance(value, Tensor):
+        return f"a tensor {list(value.shape)}"
+    return f"{len(value)} tensors" if images.is_packed(value) else type(value).__name__
+
+
+def _quotient(ahead: Tensor, behind: Tensor, e: Tensor) -> Tensor:
+    return (ahead.to(e.dtype) - behind.to(e.dtype)) / rows(2 * e, ahead)
+
+
+def _projection_loss(h: Images | None, features: Images | None, like: Tensor) -> Tensor:
     if features is None:
         return like.new_zeros(())
-    if h.shape != features.shape:
+    if images.shapes(h) != images.shapes(features):
         raise ValueError(
-            f"features must have the shape of the projection head's output, {list(h.shape)}, "
-            f"got {list(features.shape)}"
+            f"features must have the shape of the projection head's output, {images.shapes(h)}, "
+            f"got {images.shapes(features)}"
         )
-    h, features = h.to(like.dtype), features.to(like.dtype)
-    return (1 - torch_f.cosine_similarity(h, features, dim=-1)).mean()
+
+    def distance(h: Tensor, features: Tensor) -> Tensor:
+        h, features = h.to(like.dtype), features.to(like.dtype)
+        return 1 - torch_f.cosine_similarity(h, features, dim=-1)
+
+    if images.is_packed(h):  # each image counts the same
+        return torch.stack([row.mean() for row in images.each(distance, h, features)]).mean()
+    return distance(h, features).mean()
 
 
 def _check_choice(name: str, value: object, choices: Mapping) -> None:
     if value not in choices:
         known = ", ".join(repr(choice) for choice in choices)
         raise ValueError(f"{name} must be one of {known}, got {value!r}")
-
-
-def _as_guidance(guidance: Guidance | Mapping | None) -> Guidance | None:
-    if guidance is None or isinstance(guidance, Guidance):
-        return guidance
-    if not isinstance(guidance, Mapping):
-        raise TypeError(f"guidance must be a mapping or Guidance, got {type(guidance).__name__}")
-    known = [field.name for field in fields(Guidance)]
-    for key in guidance:
-        if key not in known:
-            raise ValueError(f"guidance has no field {key!r}, only {', '.join(known)}")
-    return Guidance(**guidance)

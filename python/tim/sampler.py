@@ -7,9 +7,12 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from tim._checks import check_callable, check_floating, check_number, check_tensor
+from tim import images
+from tim._checks import check_callable, check_number, check_tensor
 from tim._passes import evaluating
 from tim.graphs import check_device
+from tim.images import Images
+from tim.packed_sampling import sample_packed
 from tim.sampling_graph import network_step, replayed_step, step_weights
 from tim.schedule import resolution_shift, shift_time, shift_within
 from tim.transports import FlowMatching, Transport
@@ -21,9 +24,9 @@ SCHEDULES = ("linear", "shifted")
 
 @torch.no_grad()
 def sample(
-    model: Callable[..., Tensor],
+    model: Callable[..., Images],
     y: Tensor,
-    noise: Tensor,
+    noise: Images,
     steps: int = 4,
     *,
     transport: Transport,
@@ -31,15 +34,15 @@ def sample(
     cfg_interval: tuple[float, float] = (0.0, 1.0),
     null: Tensor | None = None,
     schedule: str | Sequence[float] | Tensor = "linear",
-    shift: float | None = None,
+    shift: float | Sequence[float] | None = None,
     diffusion: bool = False,
     stochasticity: float = 0.0,
     generator: torch.Generator | None = None,
-    step_noise: Tensor | None = None,
+    step_noise: Images | None = None,
     return_trajectory: bool = False,
     progress: bool = False,
     cuda_graph: bool = False,
-) -> Tensor:
+) -> Images:
     """Carry ``noise`` from T_max to T_min: x_r = A(t, r) x_t + B(t, r) F(x_t, t, r) at every step.
 
     The state is kept in float64 between steps; the model, in evaluation mode and without gradient,
@@ -49,6 +52,8 @@ def sample(
         model: model(x, t, r, y) -> F.
         y: labels [B] or caption features [B, M, K].
         noise: [B, C, H, W] from N(0, I); the first state is sigma(T_max) noise, for ot_fm itself.
+            Or packed: a list of B [C, H_i, W_i] of any sizes, with which `model` is called as
+            `TiM` is; results are then lists.
         steps: number of network calls; ignored where ``schedule`` holds the times.
         cfg_scale: guidance F = F_null + cfg_scale (F_cond - F_null), 1 for none. A guided step is
             one call with twice the batch.
@@ -57,14 +62,17 @@ def sample(
         null: null labels or features, shaped like y; needed where cfg_scale > 1.
         schedule: times of the steps. "linear": equal steps; "shifted": equal steps u in [0, 1]
             mapped by `shift_time` and then onto [T_min, T_max]; or steps + 1 descending times.
-        shift: the s of a "shifted" schedule, see `resolution_shift`.
+        shift: the s of a "shifted" schedule, see `resolution_shift`; of packed noise also one for
+            each image.
         diffusion: give the model r = t, so that it predicts the instantaneous F, as a diffusion
             model's sampler would. For comparison.
         stochasticity: share of the predicted noise that a step replaces by fresh noise (ot_fm only;
             never in the first and the last step).
         generator: source of that noise, on the device of ``noise``.
-        step_noise: that noise itself, [steps - 2, B, C, H, W], one slice for each noisy step.
-        return_trajectory: return [steps + 1, B, C, H, W] with the first state in row 0.
+        step_noise: that noise itself, [steps - 2, B, C, H, W], one slice for each noisy step;
+            packed B of [steps - 2, C, H_i, W_i].
+        return_trajectory: return [steps + 1, B, C, H, W] with the first state in row 0; packed a
+            list of [steps + 1, C, H_i, W_i].
         progress: show a progress bar.
         cuda_graph: launch a step as one CUDA graph. The first three steps of a shape run as usual,
             the next is recorded; graphs are kept with the model, for later calls too, until its
@@ -79,9 +87,22 @@ def sample(
     Source: arXiv 2509.04394 (transitions and resolution-dependent shift of the times).
     """
     _check(model, y, noise, transport, cfg_scale, cfg_interval, null, stochasticity, generator)
+    packed = images.is_packed(noise)
+    if cuda_graph and packed:
+        raise ValueError("cuda_graph needs noise of one size, [B, C, H, W], got a packed batch")
     if cuda_graph:
         check_device(noise.device, "cuda_graph")
-    times = _times(transport, steps, schedule, shift)
+    times = _times(transport, steps, schedule, shift, len(noise) if packed else None)
+    if packed:
+        with evaluating(model):
+            return sample_packed(
+                model, y, noise, times, _progress(range(len(times) - 1), progress),
+                transport=transport, cfg_scale=cfg_scale, null=null,
+                guided=lambda t: is_guided(t, transport, cfg_scale, cfg_interval),
+                diffusion=diffusion, stochasticity=stochasticity,
+                fresh=_packed_noise(noise, len(times) - 3, stochasticity, generator, step_noise),
+                return_trajectory=return_trajectory,
+            )  # fmt: skip
     # The first and the last step are never noisy.
     noisy = _noise_source(noise, max(len(times) - 3, 0), stochasticity, generator, step_noise)
     T_max = torch.tensor(transport.T_max, dtype=torch.float64)
@@ -151,9 +172,27 @@ def is_guided(
 
 
 def _times(
+    transport: Transport,
+    steps: int,
+    schedule: str | Sequence[float] | Tensor,
+    shift: float | Sequence[float] | None,
+    packed: int | None = None,
+) -> Tensor:
+    """[steps + 1] descending times, float64 on the CPU; [steps + 1, B] of `packed` = B images."""
+    if packed is None:
+        return _times_of_one(transport, steps, schedule, shift)
+    if not isinstance(shift, (list, tuple, Tensor)):
+        times = _times_of_one(transport, steps, schedule, shift)
+        return times[:, None].expand(-1, packed)
+    if len(shift) != packed:
+        raise ValueError(f"shift must be one for each of the {packed} images, got {len(shift)}")
+    columns = [_times_of_one(transport, steps, schedule, float(s)) for s in shift]
+    return torch.stack(columns, dim=1)
+
+
+def _times_of_one(
     transport: Transport, steps: int, schedule: str | Sequence[float] | Tensor, shift: float | None
 ) -> Tensor:
-    """[steps + 1] descending times, float64 on the CPU."""
     if not isinstance(schedule, str):
         if shift is not None:
             raise ValueError("shift needs schedule='shifted', got a schedule of explicit times")
@@ -207,6 +246,26 @@ def _noise_source(
     return iter(step_noise)
 
 
+def _packed_noise(
+    noise: Sequence[Tensor],
+    count: int,
+    stochasticity: float,
+    generator: torch.Generator | None,
+    step_noise: Sequence[Tensor] | None,
+) -> Callable[[int], list[Tensor]]:
+    """Fresh noise of the images for noisy step number 1 to `count`."""
+    if step_noise is None:
+        return lambda step: [
+            torch.randn(z.shape, dtype=z.dtype, device=z.device, generator=generator) for z in noise
+        ]
+    if stochasticity == 0:
+        raise ValueError("step_noise needs stochasticity > 0, got 0")
+    shapes = [[max(count, 0), *z.shape] for z in noise]
+    if not images.is_packed(step_noise) or images.shapes(step_noise) != shapes:
+        raise ValueError(f"step_noise must be a list of tensors of shapes {shapes}")
+    return lambda step: [z[step - 1] for z in step_noise]
+
+
 def _progress(indices: range, show: bool) -> Iterable[int]:
     if not show:
         return indices
@@ -218,7 +277,7 @@ def _progress(indices: range, show: bool) -> Iterable[int]:
 def _check(
     model: Callable,
     y: Tensor,
-    noise: Tensor,
+    noise: Images,
     transport: Transport,
     cfg_scale: float,
     cfg_interval: tuple[float, float],
@@ -229,11 +288,8 @@ def _check(
     check_callable("model", model)
     if not isinstance(transport, Transport):
         raise TypeError(f"transport must be a Transport (tim.transports.get), got {transport!r}")
-    for name, value in (("y", y), ("noise", noise)):
-        check_tensor(name, value)
-    if noise.dim() != 4:
-        raise ValueError(f"noise must have shape [B, C, H, W], got {list(noise.shape)}")
-    check_floating("noise", noise)
+    check_tensor("y", y)
+    images.check("noise", noise)
     if y.dim() == 0 or len(y) != len(noise):
         raise ValueError(f"y must have B = {len(noise)} rows, got shape {list(y.shape)}")
     check_number("cfg_scale", cfg_scale)

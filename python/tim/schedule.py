@@ -11,8 +11,11 @@ from __future__ import annotations
 import math
 from typing import TypeVar
 
+import torch
 from torch import Tensor
 
+from tim import images
+from tim.images import Images
 from tim.transports import Transport
 
 T = TypeVar("T", Tensor, float)
@@ -39,3 +42,13 @@ def resolution_shift(tokens: int, base_tokens: int = 1024) -> float:
     if tokens < 1 or base_tokens < 1:
         raise ValueError(f"tokens and base_tokens must be positive, got {tokens}, {base_tokens}")
     return math.sqrt(tokens / base_tokens)
+
+
+def resolution_shifts(x: Images, base: int, dtype: torch.dtype) -> Tensor | float:
+    """`resolution_shift` of a batch of latents, of a packed one a vector [B] in `dtype`."""
+    if not images.is_packed(x):
+        return resolution_shift(images.positions(x), base)
+    shifts = [resolution_shift(positions, base) for positions in images.positions(x)]
+    device = x[0].device
+    pinned = torch.tensor(shifts, dtype=dtype, pin_memory=device.type == "cuda")
+    return pinned.to(device, non_blocking=True)
