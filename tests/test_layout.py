@@ -21,7 +21,7 @@ PLACES = {
 WITHOUT_CUDA = {"attention"}
 #: Lowest first; a module may import from its own layer and those below it. Every module is in one.
 LAYERS = (
-    ("_checks", "_extension", "_flags", "_imports", "images"),
+    ("_checks", "_checksums", "_extension", "_flags", "_imports", "images"),
     ("ops",),
     ("models",),
     ("transports",),
@@ -37,18 +37,8 @@ LAYERS = (
         "sampler",
     ),
     ("autoencoder", "repa", "text"),
-    (
-        "conditions",
-        "config",
-        "data",
-        "checkpoint",
-        "ema",
-        "frechet",
-        "grid",
-        "memory",
-        "run_log",
-        "step",
-    ),
+    ("conditions", "config", "data", "ema", "frechet", "grid", "parallel", "run_lock"),
+    ("checkpoint", "memory", "meter", "run_directory", "run_log", "step"),
     ("pipeline", "presets", "trainer", "evaluate", "bench"),
     ("cli", "commands", "encode", "info", "__main__"),
 )

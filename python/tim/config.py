@@ -234,6 +234,30 @@ class TrainConfig:
 
 
 @dataclass(frozen=True)
+class ParallelConfig:
+    """How several processes (torchrun) train one model together."""
+
+    strategy: Literal["ddp", "fsdp", "hybrid"] = "ddp"
+    """ddp: the whole model on every rank; fsdp: weights, averages and optimizer state cut up over
+    all ranks; hybrid: over groups of ranks."""
+    shard_size: int | None = None
+    """Ranks of a group (hybrid); by default those of one machine."""
+    reshard: bool = True
+    """Give a block's weights back after its forward pass: less memory, more communication (fsdp,
+    hybrid)."""
+    backend: Literal["auto", "nccl", "gloo"] = "auto"
+    """auto: nccl between GPUs, gloo between CPUs."""
+    timeout: float = 600.0
+    """Seconds without progress after which a run is stopped and the rank that hangs is named."""
+
+    def __post_init__(self) -> None:
+        if self.shard_size is not None:
+            _check(self, "parallel", shard_size=1)
+        if not self.timeout > 0:
+            raise ValueError(f"parallel.timeout must be positive, got {self.timeout}")
+
+
+@dataclass(frozen=True)
 class SampleConfig:
     """The sample grids of the trainer and the defaults of `tim sample`."""
 
@@ -264,6 +288,7 @@ class RunConfig:
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
     sample: SampleConfig = field(default_factory=SampleConfig)
 
     def save(self, path: str | os.PathLike) -> None:

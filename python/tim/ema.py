@@ -35,31 +35,33 @@ class EMA:
 
     def __init__(self, source: nn.Module):
         self.model = copy.deepcopy(source).eval().requires_grad_(False)
-        self._averages = list(self.model.parameters())
-        self._buffers = list(self.model.buffers())
 
     @torch.no_grad()
     def update(self, source: nn.Module, weight: Tensor | float, skip: Tensor | None = None) -> None:
         """ema <- (1 - weight) ema + weight source; buffers are copied.
 
         `weight` and `skip`, scalars of float32, may be on the device: where `skip` is 1 nothing
-        changes.
+        changes. Of modules that are sharded, alike, every rank updates what it holds.
         """
-        device = self._averages[0].device
+        averages = [_local(average) for average in self.model.parameters()]
         # A step of gradient descent on (ema - source)^2 / 2: the one operation over a list of
         # tensors that takes both numbers from the device.
         torch._fused_sgd_(
-            self._averages,
-            list(source.parameters()),
+            averages,
+            [_local(parameter) for parameter in source.parameters()],
             [],
             weight_decay=1.0,
             momentum=0.0,
-            lr=torch.as_tensor(weight, dtype=torch.float32, device=device),
+            lr=torch.as_tensor(weight, dtype=torch.float32, device=averages[0].device),
             dampening=0.0,
             nesterov=False,
             maximize=True,
             is_first_step=False,
             found_inf=skip,
         )
-        for average, buffer in zip(self._buffers, source.buffers(), strict=True):
+        for average, buffer in zip(self.model.buffers(), source.buffers(), strict=True):
             average.copy_(buffer if skip is None else torch.where(skip == 1, average, buffer))
+
+
+def _local(parameter: Tensor) -> Tensor:
+    return parameter.to_local() if hasattr(parameter, "to_local") else parameter

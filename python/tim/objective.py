@@ -155,6 +155,7 @@ class TransitionLoss:
         y_guidance: Tensor | None = None,
         ema_model: Callable[..., Tensor] | None = None,
         features: Images | None = None,
+        diffusion: int | None = None,
     ) -> TransitionLossOutput:
         """Loss of ``model`` on one batch; nothing here waits for the device.
 
@@ -172,13 +173,15 @@ class TransitionLoss:
             ema_model: the guidance network; needed with guidance. Run in evaluation mode.
             features: [B, N, z_dim], what the projection head is to predict; packed B of
                 [N_i, z_dim].
+            diffusion: how many samples, the first ones, have no derivative, where it is not
+                round(diffusion_ratio B): when the batch is a part of a larger one.
 
         Raises:
             TypeError, ValueError: an argument is of the wrong type, dtype or shape, or missing.
         """
         self._check(model, x, z, y, t, r, null, y_guidance, ema_model, features)
         x, z = (images.each(Tensor.detach, batch) for batch in (x, z))
-        n = round(self.diffusion_ratio * len(x))
+        n = round(self.diffusion_ratio * len(x)) if diffusion is None else diffusion
         if t is None:
             t, r = self.draw_times(x)
         transport = self.transport

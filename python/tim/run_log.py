@@ -17,6 +17,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
+from tim.config import TrainConfig
+
 
 class RunLog:
     """Records of a run in `run`/log.jsonl, one JSON object a line, and beside it for the eyes.
@@ -111,6 +113,28 @@ class RunLog:
     def note(self, text: str) -> None:
         """A line on the terminal."""
         self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+
+class NoLog:
+    """Takes what a RunLog takes, and drops it: for the ranks that are not to write."""
+
+    def __enter__(self) -> NoLog:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        pass
+
+    def _drop(self, *arguments: object, **values: object) -> None:
+        pass
+
+    advance = scalars = event = picture = skipped_files = note = _drop
+
+
+def open_log(run: Path, step: int, train: TrainConfig, is_main: bool) -> RunLog | NoLog:
+    """The log of a run that goes on after `step`; of several ranks only the main one keeps it."""
+    if not is_main:
+        return NoLog()
+    return RunLog(run, start_step=step, steps=train.steps, tensorboard=train.tensorboard)
 
 
 def _keep_until(path: Path, step: int) -> None:

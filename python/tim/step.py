@@ -9,12 +9,13 @@ device.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.profiler import record_function
 
 from tim.config import RunConfig, TrainConfig
@@ -23,6 +24,7 @@ from tim.ema import EMA, ema_weight
 from tim.graphs import Replayed, copied_into
 from tim.models import TiM
 from tim.objective import TransitionLoss
+from tim.parallel import Spread, World
 from tim.text import TextEncoder
 
 #: What `TrainingStep.run` returns, in this order.
@@ -48,7 +50,8 @@ class TrainingStep:
     """Steps of AdamW on `model`, with the averages `ema` behind them.
 
     `encoder(x, y)` gives the features for the projection loss where a batch has none; `text`
-    encodes the captions of a text model.
+    encodes the captions of a text model. `spread` tells how the model lives on several ranks, of
+    which each gets its share of every batch. `mark` is told which part of the step begins.
     """
 
     def __init__(
@@ -59,12 +62,15 @@ class TrainingStep:
         config: RunConfig,
         encoder: Callable[[Tensor, Tensor], Tensor] | None = None,
         text: TextEncoder | None = None,
+        spread: Spread | None = None,
+        mark: Callable[[str], None] = lambda phase: None,
     ):
         self.model, self.ema, self.loss, self.encoder = model, ema, loss, encoder
-        self.text = text
+        self.text, self.mark = text, mark
         self.config = config
         self.parameters = list(model.parameters())
         self.device = self.parameters[0].device
+        self.spread = spread or Spread(World(self.device))
         train = config.train
         # On the device, where the host can set them for a step while earlier steps still run.
         self.lr, self.ema_weight = torch.zeros(2, device=self.device).unbind()
@@ -85,7 +91,10 @@ class TrainingStep:
             self._run = Replayed(self._steps, self.device, "train.cuda_graph")
 
     def load(self, batch: Batch, step: int) -> None:
-        """Prepare step number `step` (from 0) on a batch of `train.batch_size` images."""
+        """Prepare step number `step` (from 0) on a batch of `train.batch_size` images.
+
+        Of several ranks each gets its own images: of every part those that `Spread.mine` takes.
+        """
         train = self.config.train
         self.lr.fill_(learning_rate(step, train))
         self.ema_weight.fill_(
@@ -97,7 +106,7 @@ class TrainingStep:
                 rampup=train.ema_rampup,
             )
         )
-        size = train.batch_size // train.accumulate
+        size = train.batch_size // (train.accumulate * self.spread.world.size)
         parts = [slice(part * size, (part + 1) * size) for part in range(train.accumulate)]
         pieces = [Batch(*(None if v is None else v[rows] for v in batch)) for rows in parts]
         inputs = [self._draw(piece, step, part) for part, piece in enumerate(pieces)]
@@ -114,31 +123,28 @@ class TrainingStep:
 
     def _steps(self) -> Tensor:
         self.optimizer.zero_grad(set_to_none=True)
-        parts = [self._backward(inputs) for inputs in self.inputs]
-        with record_function(PHASES[2]):
+        parts = []
+        for inputs in self.inputs:
+            with self.spread.part(last=inputs is self.inputs[-1]):
+                parts.append(self._backward(inputs))
+        with self._phase(PHASES[2]):
             gradients = [p.grad for p in self.parameters if p.grad is not None]
-            norm = nn.utils.get_total_norm(gradients)
+            norm = self.spread.total_norm(gradients)
             means = torch.stack(parts).mean(0) if len(parts) > 1 else parts[0]
-            values = torch.cat([means, norm.view(1)])
+            values = torch.cat([self.spread.mean(means), norm.view(1)])
             # Infinity times zero is not zero.
             skip = ((values * 0).sum() != 0).float()
             clip = self.config.train.clip_norm
             scale = (norm / clip).clamp(min=1) if clip > 0 else None
-        with record_function(PHASES[3]):
+        with self._phase(PHASES[3]):
             # The names under which torch.amp's gradient scaler talks to fused optimizers: gradients
             # are divided by the one, and a step for which the other is 1 changes nothing. So
             # clipping and skipping are part of the optimizer's one pass over the weights.
             self.optimizer.grad_scale, self.optimizer.found_inf = scale, skip
             self.optimizer.step()
-        with record_function(PHASES[4]):
+        with self._phase(PHASES[4]):
             self.ema.update(self.model, self.ema_weight, skip)
         return values
-
-    def load_state_dict(self, state: dict) -> None:
-        """State of the optimizer, as a checkpoint holds it."""
-        self.optimizer.load_state_dict(state)
-        for group in self.optimizer.param_groups:
-            group["lr"], group["capturable"] = self.lr, self.config.train.cuda_graph
 
     def _draw(self, piece: Batch, step: int, part: int) -> Inputs:
         # All draws of this part follow from this seed.
@@ -148,11 +154,13 @@ class TrainingStep:
         if features is None and self.encoder is not None:
             with torch.no_grad():
                 features = self.encoder(x, y)
-        # Not randn_like, which draws in the order of x's strides.
-        z = torch.randn(x.shape, dtype=x.dtype, device=x.device)
-        dropped = torch.rand(len(y), device=self.device) < self.config.model.class_dropout_prob
+        # Drawn for the images of all ranks, so that it does not matter how many they are. Not
+        # randn_like, which draws in the order of x's strides.
+        batch = len(y) * self.spread.world.size
+        z = torch.randn((batch, *x.shape[1:]), dtype=x.dtype, device=x.device)
+        dropped = torch.rand(batch, device=self.device) < self.config.model.class_dropout_prob
+        z, dropped, t, r = map(self.spread.mine, (z, dropped, *self.loss.draw_times(z)))
         dropped = dropped.view(-1, *[1] * (y.dim() - 1))
-        t, r = self.loss.draw_times(x)
         return Inputs(x, z, torch.where(dropped, null, y), y, null, t, r, features)
 
     def _conditions(self, y: Tensor | list[str]) -> tuple[Tensor, Tensor]:
@@ -173,11 +181,13 @@ class TrainingStep:
         """Add the gradient of one part; returns its loss, denoising error and projection loss."""
         config = self.config
         bf16 = config.train.precision == "bf16"
+        batch = len(inputs.y) * self.spread.world.size
         with (
-            record_function(PHASES[0]),
+            self._phase(PHASES[0]),
             torch.autocast(self.device.type, torch.bfloat16, enabled=bf16),
         ):
-            out = self.loss(
+            out = self.spread.evaluate(
+                self.loss,
                 self.model,
                 inputs.x,
                 inputs.z,
@@ -188,13 +198,20 @@ class TrainingStep:
                 y_guidance=inputs.y_guidance,
                 ema_model=self.ema.model if config.objective.guidance.enabled else None,
                 features=inputs.features,
+                diffusion=self.spread.count(round(config.objective.diffusion_ratio * batch)),
             )
             total = out.loss
             if inputs.features is not None:
                 total = total + config.objective.projection_weight * out.projection
-        with record_function(PHASES[1]):
+        with self._phase(PHASES[1]):
             total.backward(torch.full_like(total, 1 / config.train.accumulate))
         return torch.stack([total, out.denoising.mean(), out.projection]).detach()
+
+    @contextmanager
+    def _phase(self, name: str) -> Iterator[None]:
+        self.mark(name)
+        with record_function(name):
+            yield
 
 
 def learning_rate(step: int, train: TrainConfig) -> float:

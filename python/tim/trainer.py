@@ -1,15 +1,14 @@
-"""Training of one model in one process: `Trainer(config, run).train()`.
+"""Training of one model, in one process or several: `Trainer(config, run).train()`.
 
 Everything random in step s (which images, their augmentation, noise, times, dropped labels) is a
 function of (seed, s), and a checkpoint holds the rest (weights, averages, optimizer), so a run that
-is killed and resumed ends with the same bits as one that is not.
+is killed and resumed ends with the same bits as one that is not, and on another number of processes
+with the same numbers but for rounding.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import math
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,32 +17,31 @@ from torch import Tensor
 
 from tim import conditions
 from tim.checkpoint import (
-    latest_checkpoint,
-    load_checkpoint,
+    CheckpointStore,
+    SaveFailed,
+    Training,
     random_states,
     remove_leftovers,
-    save_checkpoint,
     seed_everything,
     set_random_states,
 )
-from tim.config import RunConfig, differences
+from tim.config import RunConfig
 from tim.data import Batch, BatchOrder, Dataset, batches, build_dataset
-from tim.data.latents import LatentShards
 from tim.ema import EMA
 from tim.graphs import check_device
 from tim.grid import image_grid, pixels_of, save_picture
+from tim.meter import DATA, Clock, Meter
 from tim.models import TiM
-from tim.run_log import RunLog, peak_memory_gb
+from tim.parallel import Heartbeat, StopRequest, build_spread, check_batch, join, pick_device
+from tim.run_directory import CONFIG, check_directory, check_resumable, fit_to_data
+from tim.run_lock import RunLock
+from tim.run_log import NoLog, RunLog, open_log, peak_memory_gb
 from tim.sampler import sample
-from tim.step import VALUES, TrainingStep, learning_rate
+from tim.step import TrainingStep, learning_rate
 from tim.text import TextEncoder
 
-#: What a resumed run may change: it does not enter the arithmetic of the steps already taken.
-CHANGEABLE = (
-    "train.steps", "train.checkpoint_every", "train.keep", "train.log_every", "train.sample_every",
-    "train.tensorboard", "train.max_bad_steps", "train.device", "train.gradient_checkpointing",
-    "train.cuda_graph", "sample.", "data.path", "data.workers", "data.cache_gb", "data.vae",
-)  # fmt: skip
+__all__ = ["READ_EVERY", "Trainer", "TrainingStopped", "pick_device", "sample_rows"]
+
 #: Most steps between two reads of the device.
 READ_EVERY = 50
 
@@ -60,10 +58,14 @@ class Trainer:
     projection loss where the data set does not bring them, `text` those of captions; by default
     they are what `config.data` names.
 
+    Started by a launcher such as torchrun, the processes train one model together, as
+    `config.parallel` says; every one of them makes a Trainer and calls `train`.
+
     Raises:
         FileExistsError: `run` holds a run already and `resume` is not set.
-        ValueError: the data do not fit the model; or, resuming, the newest checkpoint is damaged,
-            or `config` differs from the run's in a field that matters (the field is named).
+        BlockingIOError: another process trains in `run`.
+        ValueError: the data do not fit the model; or, resuming, all checkpoints are damaged, or
+            `config` differs from the run's in a field that matters (the field is named).
     """
 
     def __init__(
@@ -73,96 +75,150 @@ class Trainer:
         *,
         resume: bool = False,
         dataset: Dataset | None = None,
-        encoder: Callable[[Tensor, Tensor], Tensor] | None = None,
+        encoder: conditions.Encoder | None = None,
         text: TextEncoder | None = None,
     ):
         self.run = Path(run)
-        saved = self.run / "config.yaml"
-        if saved.exists() and not resume:
-            raise FileExistsError(f"{self.run} holds a run: resume it, or take another directory")
-        if not saved.exists() and self.run.exists() and any(self.run.iterdir()):
-            raise FileExistsError(f"{self.run} is not empty and holds no run: take another")
-        self.dataset = dataset if dataset is not None else build_dataset(config.data)
-        config = _fit_to_data(config, self.dataset)
-        if saved.exists():
-            check_resumable(RunConfig.load(saved), config)
-
-        self.config = config
-        train = config.train
-        self.device = pick_device(train.device)
+        train, parallel = config.train, config.parallel
+        self.world = world = join(train.device, parallel.backend, parallel.timeout)
+        world.from_main(lambda: check_directory(self.run, resume))
+        self.dataset = world.together(
+            lambda: dataset if dataset is not None else build_dataset(config.data)
+        )
+        self.config = config = fit_to_data(config, self.dataset)
+        check_batch(config, world.size)
+        self.device = world.device
         if train.cuda_graph:
             check_device(self.device, "train.cuda_graph")
-        self.text = text or conditions.text_encoder(config, self.device)
-        encoder = encoder or conditions.feature_encoder(config, self.device)
-        conditions.check(config, self.dataset, self.text, encoder, self.device)
+        self.text, encoder = world.together(lambda: self._encoders(text, encoder))
+        loss = config.objective.build(config.transport.build())
+        self._lock = RunLock(self.run)
+        world.from_main(lambda: self._claim(resume))
+
         seed_everything(train.seed)
         self.model = TiM(config.model).to(self.device)
         self.model.gradient_checkpointing = train.gradient_checkpointing
         self.ema = EMA(self.model)
-        loss = config.objective.build(config.transport.build())
-        self.training_step = TrainingStep(self.model, self.ema, loss, config, encoder, self.text)
+        features = encoder is not None or self.dataset.has_features
+        self.spread = build_spread(config, world, self.model, self.ema.model, loss, features)
+        self.heartbeat = Heartbeat(world, parallel.timeout)
+        self.clock = Clock(self.device, lambda phase: self.heartbeat.beat(self.step, phase))
+        self.training_step = TrainingStep(
+            self.model, self.ema, loss, config, encoder, self.text, self.spread, self.clock.mark
+        )
         self.parameters = self.training_step.parameters
         self.optimizer = self.training_step.optimizer
         self.order = BatchOrder(len(self.dataset), train.batch_size, train.seed)
         self.step = 0
         self.skipped = self.bad_in_row = 0
+        #: What was wrong with newer checkpoints than the one restored.
+        self._damaged: list[str] = []
         #: Values of the steps since the last read, on the device.
         self._unread: list[Tensor] = []
 
+        sharded = world.size > 1 and parallel.strategy != "ddp"
+        self.store = CheckpointStore(self.run / "checkpoints", train.keep, world, sharded)
+        self._training = Training(self.model, self.ema.model, self.optimizer)
+        self._restore()
+        world.from_main(lambda: config.save(self.run / CONFIG))
+
+    def _encoders(
+        self, text: TextEncoder | None, encoder: conditions.Encoder | None
+    ) -> tuple[TextEncoder | None, conditions.Encoder | None]:
+        text = text or conditions.text_encoder(self.config, self.device)
+        encoder = encoder or conditions.feature_encoder(self.config, self.device)
+        conditions.check(self.config, self.dataset, text, encoder, self.device)
+        return text, encoder
+
+    def _claim(self, resume: bool) -> None:
+        """Make the directory this run's, before anything in it is touched."""
+        fresh = not self.run.exists()
         self.run.mkdir(parents=True, exist_ok=True)
-        self.checkpoints = self.run / "checkpoints"
-        remove_leftovers(self.checkpoints)
-        if (newest := latest_checkpoint(self.checkpoints)) is not None:
-            self._restore(newest)
-        config.save(saved)
+        self._lock.acquire()
+        try:
+            # Another process may have been here since the first look.
+            check_directory(self.run, resume)
+            if (self.run / CONFIG).exists():
+                check_resumable(RunConfig.load(self.run / CONFIG), self.config)
+        except BaseException:
+            self._lock.release()
+            if fresh and not any(self.run.iterdir()):
+                self.run.rmdir()
+            raise
+        remove_leftovers(self.run / "checkpoints")
 
     def train(self) -> None:
-        """Take the steps that are left and save the last one.
+        """Take the steps that are left and save the last one; SIGTERM saves and returns early.
 
         The host reads results at records of the log, sample grids and checkpoints, and at least
         every `READ_EVERY` steps; between reads it runs ahead of the device. So TrainingStopped, for
         `train.max_bad_steps` steps in a row that had to be skipped, comes up to that many steps
         late, which does no harm: skipped steps change nothing. It is also raised in place of saving
         weights that are not finite.
+
+        Raises SaveFailed when the last checkpoint cannot be written; where it is one before, the
+        log says so and training goes on.
         """
         train = self.config.train
-        with RunLog(
-            self.run, start_step=self.step, steps=train.steps, tensorboard=train.tensorboard
-        ) as log:
-            parameters = sum(p.numel() for p in self.parameters)
-            event = "resume" if self.step else "start"
-            log.event(self.step, event=event, parameters=parameters)
-            try:
-                self._train(log)
-            except TrainingStopped:
-                log.event(self.step, event="stopped", bad_in_row=self.bad_in_row)
-                raise
+        self.world.from_main(self._lock.acquire)
+        try:
+            with open_log(self.run, self.step, train, self.world.is_main) as log:
+                self._train_logged(log)
+            self.world.close()
+        finally:
+            if self.world.is_main:
+                self._lock.release()
 
-    def _train(self, log: RunLog) -> None:
+    def _train_logged(self, log: RunLog | NoLog) -> None:
+        event = "resume" if self.step else "start"
+        parameters = sum(p.numel() for p in self.parameters)
+        ranks = {"ranks": self.world.size} if self.world.size > 1 else {}
+        log.event(self.step, event=event, parameters=parameters, **ranks)
+        for reason in self._damaged:
+            log.event(self.step, event="damaged_checkpoint", reason=reason)
+            log.note(f"{reason}; going on from step {self.step}")
+        try:
+            with self.heartbeat, StopRequest(self.world) as stop:
+                self._train(log, stop)
+        except TrainingStopped:
+            log.event(self.step, event="stopped", bad_in_row=self.bad_in_row)
+            raise
+
+    def _train(self, log: RunLog | NoLog, stop: StopRequest) -> None:
         train = self.config.train
-        meter = _Meter()
+        meter = Meter()
         due = False
-        for batch in batches(self.dataset, self.order, self.step, train.steps):
+        rows = self.spread.rows(train.batch_size, train.accumulate)
+        self.clock.mark(DATA)
+        for batch in batches(self.dataset, self.order, self.step, train.steps, rows):
             self.train_step(batch)
             log.advance(self.step)
-            last = self.step == train.steps
+            stopped = stop.agreed(self.step)
+            last = stopped or self.step == train.steps
             logged = last or self.step % train.log_every == 0
             pictured = train.sample_every and (last or self.step % train.sample_every == 0)
             due = due or last or self.step % train.checkpoint_every == 0
             if not (logged or pictured or due or len(self._unread) >= READ_EVERY):
+                self.clock.mark(DATA)
                 continue
-            meter.add(self._read())
+            self.clock.mark(None)
+            meter.add(self._read(), self.clock.read())
             if logged:
                 self._log(log, meter)
-                meter = _Meter()
-            if pictured:
+                meter = Meter()
+            if pictured and not stopped:
                 self._sample(log)
             # The weights of a streak of bad steps may be past saving, and would push out good
             # checkpoints: the step that ends the streak is saved instead.
             if last or (due and self.bad_in_row == 0):
-                self.save()
+                self._save(log, last)
                 due = False
+            if stopped:
+                log.event(self.step, event="terminated")
+                log.note(f"told to stop: saved step {self.step}; --resume goes on from there")
+                break
             meter.resume()
+            self.clock.mark(DATA)
 
     def train_step(self, batch: Batch) -> Tensor:
         """One step of the optimizer on a batch of `train.batch_size` images.
@@ -194,46 +250,70 @@ class Trainer:
 
     def _finite(self) -> bool:
         values = [*self.parameters, *self.ema.model.parameters()]
-        return bool(torch.stack([value.isfinite().all() for value in values]).all())
+        mine = torch.stack([self.spread.held(value).isfinite().all() for value in values]).all()
+        return all(self.world.exchange(bool(mine)))
 
-    def save(self) -> None:
-        """Write a checkpoint of the current step.
+    def save(self, wait: bool = True) -> None:
+        """Write a checkpoint of the current step; without `wait`, beside the steps that follow.
 
-        Raises TrainingStopped when the weights are not finite, or too many steps were skipped.
+        Raises TrainingStopped when the weights are not finite, or too many steps were skipped, and
+        SaveFailed when this checkpoint or, without `wait`, the one before it cannot be written.
         """
         self._read()
         if not self._finite():
             raise TrainingStopped(f"stopped at step {self.step}: the weights are not finite")
-        state = {
-            "step": self.step,
-            "images": len(self.dataset),
-            "skipped": self.skipped,
-            "optimizer": self.optimizer.state_dict(),
-            "random": random_states(self.device),
-        }
-        keep = self.config.train.keep
-        save_checkpoint(self.checkpoints, self.step, self.model, self.ema.model, state, keep)
+        state = {"step": self.step, "images": len(self.dataset), "skipped": self.skipped}
+        if self.world.size == 1:
+            state["random"] = random_states(self.device)
+        self.store.save(self.step, self._training, state)
+        # With nothing else to do it is quicker to write than to copy and then write.
+        if wait or (self.world.size == 1 and self.device.type == "cpu"):
+            self.store.wait()
 
-    def _restore(self, path: Path) -> None:
-        state = load_checkpoint(path, self.model, self.ema.model)
+    def _save(self, log: RunLog | NoLog, last: bool) -> None:
+        """Save; a failure is an error at the last step only, and else a line in the log."""
+
+        def attempt(call: Callable[[], None], last: bool) -> None:
+            try:
+                call()
+            except SaveFailed as error:
+                if last:
+                    raise
+                log.event(self.step, event="save_failed", reason=str(error))
+                log.note(f"{error}; training goes on, the checkpoints before it are whole")
+
+        attempt(self.store.wait, last=False)
+        attempt(lambda: self.save(wait=last), last)
+
+    def _restore(self) -> None:
+        found = self.store.restore(self._training)
+        if found is None:
+            return
+        state = found.state
         if state["images"] != len(self.dataset):
             raise ValueError(
-                f"the data now hold {len(self.dataset)} images, those of {path} were "
+                f"the data now hold {len(self.dataset)} images, those of {found.path} were "
                 f"{state['images']}: the run cannot go on as it began"
             )
-        self.training_step.load_state_dict(state["optimizer"])
         self.step, self.skipped = state["step"], state["skipped"]
-        set_random_states(state["random"], self.device)
+        if "random" in state:
+            set_random_states(state["random"], self.device)
+        self._damaged = found.damaged
 
-    def _log(self, log: RunLog, meter: _Meter) -> None:
+    def _log(self, log: RunLog | NoLog, meter: Meter) -> None:
+        mine = (meter.phases, peak_memory_gb(self.device), self.dataset.skipped)
+        phases, memory, skipped = zip(*self.world.exchange(mine), strict=True)
+        meter.phases = {name: sum(p[name] for p in phases) / len(phases) for name in phases[0]}
         values = meter.values(self.config.train.batch_size)
         values["lr"] = learning_rate(self.step - 1, self.config.train)
-        values["memory_gb"] = peak_memory_gb(self.device)
+        values["memory_gb"] = max(memory)
         values["skipped_steps"] = self.skipped
         log.scalars(self.step, values)
-        log.skipped_files(self.step, self.dataset.skipped)
+        log.skipped_files(self.step, {name: why for part in skipped for name, why in part.items()})
 
-    def _sample(self, log: RunLog) -> None:
+    def _sample(self, log: RunLog | NoLog) -> None:
+        if not (self.world.is_main or self.spread.is_sharded):
+            return
         config = self.config.sample
         shown = conditions.shown(self.config, self.dataset)
         try:
@@ -242,38 +322,10 @@ class Trainer:
         except ValueError as error:
             log.note(f"no sample grid: {error}")
             return
-        grid = image_grid(rows, config.steps)
-        save_picture(grid, self.run / "samples" / f"{self.step:08d}.png")
-        log.picture(self.step, "samples", pixels_of(grid))
-
-
-class _Meter:
-    """Means and speed of the steps since the last record."""
-
-    def __init__(self) -> None:
-        self.steps: list[list[float]] = []
-        self.seconds = 0.0
-        self.resume()
-
-    def resume(self) -> None:
-        """What happened since the last `add` (sampling, saving) does not count as training time."""
-        self._since = time.perf_counter()
-
-    def add(self, steps: list[list[float]]) -> None:
-        """The `VALUES` of some steps, which have just been read from the device."""
-        self.steps += steps
-        self.seconds += time.perf_counter() - self._since
-        self.resume()
-
-    def values(self, batch_size: int) -> dict[str, float]:
-        """Means over the steps that were not skipped (nan if none), and the speed over all."""
-        rate = len(self.steps) / self.seconds
-        taken = [v for v in self.steps if all(map(math.isfinite, v))]
-        means = {
-            name: sum(v[i] for v in taken) / len(taken) if taken else math.nan
-            for i, name in enumerate(VALUES)
-        }
-        return {**means, "steps_per_second": rate, "images_per_second": rate * batch_size}
+        if self.world.is_main:
+            grid = image_grid(rows, config.steps)
+            save_picture(grid, self.run / "samples" / f"{self.step:08d}.png")
+            log.picture(self.step, "samples", pixels_of(grid))
 
 
 def sample_rows(
@@ -307,45 +359,3 @@ def sample_rows(
         )
         for steps in settings.steps
     ]
-
-
-def check_resumable(saved: RunConfig, config: RunConfig) -> None:
-    """ValueError naming the first field in which `config` cannot continue the run of `saved`."""
-    for name, old, new in differences(saved, config):
-        if not name.startswith(CHANGEABLE):
-            raise ValueError(f"a resumed run cannot change {name}: it is {old}, got {new}")
-
-
-def pick_device(name: str) -> torch.device:
-    """The device called `name`; "auto" is CUDA where there is one, else the CPU."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise ValueError(f"device must be auto, cpu, cuda or cuda:N, got {name!r}") from None
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device {name} was asked for, but torch sees no CUDA device")
-    return device
-
-
-def _fit_to_data(config: RunConfig, dataset: Dataset) -> RunConfig:
-    """The configuration with room for the data set's classes and an absolute path to it.
-
-    Raises ValueError when the shapes of data and model differ.
-    """
-    model, data = config.model, config.data
-    expected = (model.in_channels, model.input_size, model.input_size)
-    if dataset.shape != expected:
-        raise ValueError(
-            "the data must have shape [C, H, W] = [model.in_channels, model.input_size, "
-            f"model.input_size] = {list(expected)}, got {list(dataset.shape)}"
-        )
-    if data.path is not None:
-        data = dataclasses.replace(data, path=str(Path(data.path).absolute()))
-    if isinstance(dataset, LatentShards) and data.vae is None:
-        data = dataclasses.replace(data, vae=dataset.index.vae)
-    if model.num_classes is not None:
-        classes = max(model.num_classes, dataset.num_classes)
-        model = dataclasses.replace(model, num_classes=classes)
-    return dataclasses.replace(config, model=model, data=data)

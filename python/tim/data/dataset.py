@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 import torch
 from torch import Tensor
+
+#: Which images of a batch are wanted, as an index of an array.
+Rows: TypeAlias = np.ndarray | slice
+EVERY_ROW = slice(None)
 
 
 class Batch(NamedTuple):
@@ -31,12 +35,15 @@ class Dataset:
     prefetch: int = 0
     #: Whether batches bring captions in place of labels.
     captioned: bool = False
+    #: Whether batches bring features.
+    has_features: bool = False
 
     def __len__(self) -> int:
         raise NotImplementedError
 
-    def batch(self, indices: np.ndarray, rng: np.random.Generator) -> Batch:
-        """The images `indices` [B]; random augmentation is drawn from `rng`."""
+    def batch(self, indices: np.ndarray, rng: np.random.Generator, rows: Rows = EVERY_ROW) -> Batch:
+        """The images `indices[rows]` of a batch `indices` [B]; random augmentation is drawn from
+        `rng` for all of the batch, so that it does not matter who else works on other rows."""
         raise NotImplementedError
 
     @property
@@ -62,18 +69,20 @@ class ArrayDataset(Dataset):
     def __len__(self) -> int:
         return len(self.images)
 
-    def batch(self, indices: np.ndarray, rng: np.random.Generator) -> Batch:
-        chosen = torch.from_numpy(indices)
+    def batch(self, indices: np.ndarray, rng: np.random.Generator, rows: Rows = EVERY_ROW) -> Batch:
+        chosen = torch.from_numpy(indices[rows])
         images = self.images[chosen]
         x = to_float(images) if images.dtype == torch.uint8 else images.float()
-        return Batch(flip_some(x, self.flip, rng), self.labels[chosen])
+        return Batch(flip_some(x, self.flip, rng, len(indices), rows), self.labels[chosen])
 
 
-def flip_some(x: Tensor, probability: float, rng: np.random.Generator) -> Tensor:
-    """Mirror each image of x [B, C, H, W] left to right with the given probability."""
+def flip_some(
+    x: Tensor, probability: float, rng: np.random.Generator, batch: int, rows: Rows = EVERY_ROW
+) -> Tensor:
+    """Mirror each image of x, the `rows` of a batch, left to right with the given probability."""
     if probability == 0:
         return x
-    flipped = torch.from_numpy(rng.random(len(x)) < probability)
+    flipped = torch.from_numpy(rng.random(batch)[rows] < probability)
     return torch.where(flipped[:, None, None, None], x.flip(-1), x)
 
 

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from PIL import ExifTags, Image, ImageOps
 
-from tim.data.dataset import Batch, Dataset, flip_some, to_float
+from tim.data.dataset import EVERY_ROW, Batch, Dataset, Rows, flip_some, to_float
 
 SUFFIXES = frozenset((".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm"))
 GIGABYTE = 10**9
@@ -73,10 +73,10 @@ class FolderDataset(Dataset):
         with self._lock:
             return {self.files[i]: reason for i, reason in sorted(self._skipped.items())}
 
-    def batch(self, indices: np.ndarray, rng: np.random.Generator) -> Batch:
-        chosen, pixels = zip(*self._pool.map(self._readable, indices.tolist()), strict=True)
+    def batch(self, indices: np.ndarray, rng: np.random.Generator, rows: Rows = EVERY_ROW) -> Batch:
+        chosen, pixels = zip(*self._pool.map(self._readable, indices[rows].tolist()), strict=True)
         x = to_float(torch.from_numpy(np.stack(pixels)))
-        return Batch(flip_some(x, self.flip, rng), self.labels[list(chosen)])
+        return Batch(flip_some(x, self.flip, rng, len(indices), rows), self.labels[list(chosen)])
 
     def _readable(self, index: int) -> tuple[int, np.ndarray]:
         """The first readable image from `index` on: its number and pixels [C, H, W]."""

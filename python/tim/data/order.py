@@ -42,8 +42,15 @@ class BatchOrder:
         return np.concatenate(parts)
 
 
-def batches(dataset: Dataset, order: BatchOrder, start: int, stop: int) -> Iterator[Batch]:
-    """The batches of steps start .. stop - 1; augmentation is drawn from (seed, step).
+def batches(
+    dataset: Dataset,
+    order: BatchOrder,
+    start: int,
+    stop: int,
+    rows: np.ndarray | None = None,
+) -> Iterator[Batch]:
+    """The batches of steps start .. stop - 1, or `rows` of each; augmentation is drawn from
+    (seed, step).
 
     Data sets with `prefetch` > 0 are read that many batches ahead in a thread.
     """
@@ -51,7 +58,8 @@ def batches(dataset: Dataset, order: BatchOrder, start: int, stop: int) -> Itera
     def make(step: int) -> Batch:
         # The third number keeps this stream apart from the permutations' (seed, epoch).
         rng = np.random.default_rng([order.seed, step, 1])
-        return dataset.batch(order.indices(step), rng)
+        indices = order.indices(step)
+        return dataset.batch(indices, rng) if rows is None else dataset.batch(indices, rng, rows)
 
     if dataset.prefetch == 0:
         yield from map(make, range(start, stop))

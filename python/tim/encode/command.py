@@ -83,8 +83,8 @@ def main(arguments: list[str]) -> int:
     from tim.data.shards import INDEX_FILE, Index, remove_leftovers
     from tim.data.sources import open_source
     from tim.encode.job import Job, digest
+    from tim.parallel import pick_device
     from tim.repa import FeatureEncoder
-    from tim.trainer import pick_device
 
     # Pillow refuses very large pictures as a guard against hostile uploads; these are the user's.
     Image.MAX_IMAGE_PIXELS = None

@@ -160,7 +160,7 @@ def sample_benchmark(
         FileNotFoundError, ValueError: an argument does not fit, or `out` holds pictures of another
             model or other settings.
     """
-    from tim.trainer import pick_device
+    from tim.parallel import pick_device
 
     if benchmark not in BENCHMARKS:
         raise ValueError(f"benchmark must be one of {', '.join(BENCHMARKS)}, got {benchmark!r}")

@@ -79,7 +79,7 @@ def classifier_quality(
     """
     import tim
     from tim.checkpoint import latest_checkpoint
-    from tim.trainer import pick_device
+    from tim.parallel import pick_device
 
     run = Path(run)
     steps = tuple(steps)

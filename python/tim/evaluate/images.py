@@ -88,7 +88,7 @@ def image_quality(
         FileNotFoundError, TypeError, ValueError: an argument does not fit, or there are too few
             images; before anything is sampled.
     """
-    from tim.trainer import pick_device
+    from tim.parallel import pick_device
 
     steps, asked = tuple(sorted(set(steps))), metrics
     metrics = METRICS if asked is None else tuple(metrics)

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tim._checksums import problem_with, read_sums
 from tim.models.config import TiMConfig
 from tim.models.released import RELEASES, Release, release_of, released_config
 from tim.models.sizes import ARCHITECTURES
@@ -25,6 +26,8 @@ AVERAGE_FILE = "ema.safetensors"
 PIPELINE_FILE = "model_index.json"
 WEIGHTS_FILES = (WEIGHTS_FILE, "diffusion_pytorch_model.safetensors")
 CHECKPOINT_FILES = (WEIGHTS_FILE, AVERAGE_FILE, "state.pt")
+#: Folder of a checkpoint that several ranks have written, instead of those files.
+SHARDS = "shards"
 PICKLED = (".bin", ".pt", ".pth")
 LISTED_KEYS = 8
 _STEP = re.compile(r"\d{8,}")
@@ -138,7 +141,23 @@ def _from_directory(path: Path, preset: str | None) -> tuple[TiMConfig | None, P
     complete = checkpoints(path / "checkpoints")
     if not complete:
         raise FileNotFoundError(f"{path} holds no complete checkpoints/<step>")
-    return TiMConfig.from_dict(run["model"]), complete[-1] / AVERAGE_FILE
+    newest = complete[-1]
+    sharded = (newest / SHARDS).is_dir()
+    _check_sums(newest, SHARDS if sharded else AVERAGE_FILE)
+    weights = newest / (SHARDS if sharded else AVERAGE_FILE)
+    return TiMConfig.from_dict(run["model"]), weights
+
+
+def _check_sums(checkpoint: Path, start: str) -> None:
+    """ValueError for a damaged file of a checkpoint, of those whose names begin with `start`."""
+    sums = read_sums(checkpoint) or {}
+    problem = problem_with(checkpoint, sums, [name for name in sums if name.startswith(start)])
+    if problem is not None:
+        older = [
+            path.name for path in checkpoints(checkpoint.parent) if path.name < checkpoint.name
+        ]
+        remedy = f"; delete {checkpoint} to go on from {older[-1]}" if older else ""
+        raise ValueError(f"{problem}{remedy}")
 
 
 def _release_in(path: Path, preset: str | None) -> Release:
@@ -161,8 +180,13 @@ def checkpoints(folder: Path) -> list[Path]:
     if not folder.is_dir():
         return []
     found = [path for path in folder.iterdir() if _STEP.fullmatch(path.name)]
-    whole = [p for p in found if all((p / name).is_file() for name in CHECKPOINT_FILES)]
-    return sorted(whole, key=lambda path: int(path.name))
+    complete = [
+        path
+        for path in found
+        if all((path / name).is_file() for name in CHECKPOINT_FILES)
+        or (path / SHARDS / ".metadata").is_file()
+    ]
+    return sorted(complete, key=lambda path: int(path.name))
 
 
 def hub_name(name: str) -> tuple[str, str]:
@@ -269,7 +293,11 @@ def _differences(one: TiMConfig, other: TiMConfig) -> list[str]:
 
 def _read(path: Path) -> dict[str, Tensor]:
     with _damage(path):
-        if path.suffix in PICKLED:
+        if path.name == SHARDS and path.is_dir():
+            from tim.checkpoint.sharded import AVERAGE, read_weights
+
+            state = read_weights(path, AVERAGE)
+        elif path.suffix in PICKLED:
             # Only archives can be mapped; files of PyTorch before 1.6 are none.
             mapped = zipfile.is_zipfile(path)
             state = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)

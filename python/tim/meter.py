@@ -1,0 +1,83 @@
+"""How long the parts of a training step take, and what its values are on average."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import defaultdict
+from collections.abc import Callable
+
+import torch
+
+from tim.step import PHASES, VALUES
+
+DATA = "data"
+#: Under which name the log has the time of each phase of a step.
+LOGGED = {DATA: "data_s", **dict(zip(PHASES, (
+    "forward_derivative_s", "backward_s", "optimizer_s", "optimizer_s", "optimizer_s",
+), strict=True))}  # fmt: skip
+
+
+class Clock:
+    """Time between marks, on the device's own clock where it is a GPU: marks wait for nothing.
+
+    `DATA` is making a batch or waiting for it; on a GPU, how long the device then had nothing to do.
+    """
+
+    def __init__(self, device: torch.device, beat: Callable[[str], None] | None = None):
+        self._cuda = device.type == "cuda"
+        self._beat = beat
+        self._marks: list[tuple[str | None, float | torch.cuda.Event]] = []
+
+    def mark(self, phase: str | None) -> None:
+        """From now on it is `phase` that takes the time; None for what is no part of a step."""
+        if phase is not None and self._beat is not None:
+            self._beat(phase)
+        if self._cuda:
+            event = torch.cuda.Event(enable_timing=True)
+            event.record()
+            self._marks.append((phase, event))
+        else:
+            self._marks.append((phase, time.perf_counter()))
+
+    def read(self) -> dict[str, float]:
+        """Seconds of each phase since the last call; the device must be done with the last mark."""
+        seconds: dict[str, float] = defaultdict(float)
+        for (phase, start), (_, end) in zip(self._marks, self._marks[1:], strict=False):
+            if phase is not None:
+                seconds[phase] += start.elapsed_time(end) / 1e3 if self._cuda else end - start
+        self._marks.clear()
+        return dict(seconds)
+
+
+class Meter:
+    """Means and speed of the steps since the last record."""
+
+    def __init__(self) -> None:
+        self.steps: list[list[float]] = []
+        self.seconds = 0.0
+        self.phases: dict[str, float] = dict.fromkeys(LOGGED.values(), 0.0)
+        self.resume()
+
+    def resume(self) -> None:
+        """What happened since the last `add` (sampling, saving) does not count as training time."""
+        self._since = time.perf_counter()
+
+    def add(self, steps: list[list[float]], phases: dict[str, float]) -> None:
+        """The `VALUES` of some steps, which have just been read from the device, and their time."""
+        self.steps += steps
+        for name, seconds in phases.items():
+            self.phases[LOGGED[name]] += seconds
+        self.seconds += time.perf_counter() - self._since
+        self.resume()
+
+    def values(self, batch_size: int) -> dict[str, float]:
+        """Means over the steps that were not skipped (nan if none), and the speed over all."""
+        rate = len(self.steps) / self.seconds
+        taken = [v for v in self.steps if all(map(math.isfinite, v))]
+        means = {
+            name: sum(v[i] for v in taken) / len(taken) if taken else math.nan
+            for i, name in enumerate(VALUES)
+        }
+        times = {name: seconds / len(self.steps) for name, seconds in self.phases.items()}
+        return {**means, "steps_per_second": rate, "images_per_second": rate * batch_size, **times}
