@@ -29,6 +29,7 @@ COMMANDS = {
         "tim.commands.prompts",
         "sample the prompts of GenEval, DPG-Bench or MJHQ-30K for their scorers",
     ),
+    "export": ("tim.commands.export", "weights of a run as one safetensors file"),
     "encode": ("tim.encode", "latents of a folder of images, with an autoencoder of diffusers"),
     "bench": ("tim.bench", "times of the operations and of the training step, against PyTorch"),
     "info": ("tim.info", "versions, devices and which operations run on kernels"),

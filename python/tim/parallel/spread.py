@@ -150,10 +150,11 @@ class Sharded(Spread):
             reduce_dtype=torch.float32,
             cast_forward_inputs=False,
         )
-        for network in (model, average):
+        # No backward pass follows the average's forward pass, after which it would be cut up again.
+        for network, again in ((model, reshard), (average, True)):
             for block in network.blocks:
-                fully_shard(block, mesh=mesh, reshard_after_forward=reshard, mp_policy=policy)
-            fully_shard(network, mesh=mesh)
+                fully_shard(block, mesh=mesh, reshard_after_forward=again, mp_policy=policy)
+            fully_shard(network, mesh=mesh, reshard_after_forward=network is average)
         self.network = model
 
     @contextmanager

@@ -1,0 +1,71 @@
+"""1 = 2 = 4 ranks in loss and weights for the same global batch, however the model is spread."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+from ranks import run_ranks
+from torch import Tensor
+from workers import train_all
+
+from tim.config import GuidanceConfig, ObjectiveConfig, ParallelConfig, RunConfig
+from tim.step import VALUES
+from tiny_runs import config
+
+#: Sums over 16 to 40 images in another order, three steps on: some hundred roundings of float32.
+ROUNDING = 1e-5
+#: What is different about each run. With a ratio of 0.3, 6 of 20 images have r = t: of 4 ranks two
+#: get 2 of them and two get 1.
+VARIANTS: dict[str, tuple[ObjectiveConfig | None, dict]] = {
+    "jvp": (None, {}),
+    "dde": (ObjectiveConfig(derivative="dde", diffusion_ratio=0.3), {"batch_size": 20}),
+    "jvp, two parts": (ObjectiveConfig(diffusion_ratio=0.3), {"accumulate": 2, "batch_size": 40}),
+    "jvp, checkpointing": (None, {"gradient_checkpointing": True}),
+    "guided": (ObjectiveConfig(guidance=GuidanceConfig(enabled=True)), {}),
+}
+
+
+def runs(**parallel) -> dict[str, RunConfig]:
+    found = {}
+    for name, (objective, train) in VARIANTS.items():
+        base = config(objective, **{"steps": 3, "batch_size": 16, **train})
+        model = dataclasses.replace(base.model, depth=2)
+        data = dataclasses.replace(base.data, flip=0.5)
+        found[name] = dataclasses.replace(
+            base, model=model, data=data, parallel=ParallelConfig(**parallel)
+        )
+    return found
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory) -> dict[str, dict]:
+    return train_all(runs(), tmp_path_factory.mktemp("alone"))
+
+
+SPREADS = {
+    "ddp on 2": (2, {"strategy": "ddp"}),
+    "ddp on 4": (4, {"strategy": "ddp"}),
+    "fsdp on 2": (2, {"strategy": "fsdp"}),
+    "fsdp on 4, not resharded": (4, {"strategy": "fsdp", "reshard": False}),
+    "hybrid on 4": (4, {"strategy": "hybrid", "shard_size": 2}),
+}
+
+
+@pytest.mark.parametrize("spread", SPREADS)
+def test_the_number_of_ranks_does_not_matter(tmp_path: Path, alone, spread) -> None:
+    size, parallel = SPREADS[spread]
+    results = run_ranks(size, tmp_path / "logs", train_all, runs(**parallel), tmp_path)
+    for name, expected in alone.items():
+        for rank, result in enumerate(found[name] for found in results):
+            where = f"{name}, rank {rank}"
+            assert result["values"].shape == expected["values"].shape == (3, len(VALUES)), where
+            error = relative(result["values"], expected["values"])
+            assert error < ROUNDING, f"{where}: {error}"
+            assert result["weights"].keys() == expected["weights"].keys()
+            for key, value in expected["weights"].items():
+                error = relative(result["weights"][key], value)
+                assert error < ROUNDING, f"{where}, {key}: {error}"
+
+
+def relative(a: Tensor, b: Tensor) -> float:
+    return ((a - b).norm() / b.norm().clamp(min=1e-12)).item()
