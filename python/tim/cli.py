@@ -74,8 +74,16 @@ def run(arguments: list[str]) -> int:
         if isinstance(error, OSError) and error.filename is not None:
             text = f"{error.filename}: {error.strerror}"
         text = " ".join(text.split()) or type(error).__name__
-        print(f"tim {name}: {text}" if name in COMMANDS else f"tim: {text}", file=sys.stderr)
+        tell(f"tim {name}: {text}" if name in COMMANDS else f"tim: {text}", error)
         return 2
+
+
+def tell(text: str, error: Exception | None = None) -> None:
+    """A line on stderr. Of several ranks, only the first says what all of them know."""
+    rank = int(os.environ.get("RANK", "0"))
+    known = error is None or isinstance(error, UsageError) or getattr(error, "on_all_ranks", False)
+    if rank == 0 or not known:
+        print(text if rank == 0 else f"rank {rank}: {text}", file=sys.stderr)
 
 
 def usage() -> str:

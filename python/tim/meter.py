@@ -21,7 +21,7 @@ LOGGED = {DATA: "data_s", **dict(zip(PHASES, (
 class Clock:
     """Time between marks, on the device's own clock where it is a GPU: marks wait for nothing.
 
-    `DATA` is making a batch or waiting for it; on a GPU, how long the device had nothing to do then.
+    `DATA` is making a batch or waiting for it; on a GPU, how long the device is idle meanwhile.
     """
 
     def __init__(self, device: torch.device, beat: Callable[[str], None] | None = None):

@@ -81,6 +81,8 @@ class Trainer:
         self.run = Path(run)
         train, parallel = config.train, config.parallel
         self.world = world = join(train.device, parallel.backend, parallel.timeout)
+        # Its command line may have seen the directory before another rank wrote to it.
+        config = world.from_main(lambda: config)
         world.from_main(lambda: check_directory(self.run, resume))
         self.dataset = world.together(
             lambda: dataset if dataset is not None else build_dataset(config.data)

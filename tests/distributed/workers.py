@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import resource
+import time
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from tim.checkpoint import whole
 from tim.config import RunConfig
 from tim.data import ArrayDataset, Batch
 from tim.trainer import Trainer
@@ -67,3 +70,98 @@ class NumberedImages(ArrayDataset):
         batch = super().batch(*arguments)
         self.seen.append(batch.y.tolist())
         return batch
+
+
+def train_slowly(config: RunConfig, run: Path, seconds: float) -> None:
+    """Steps that take their time, so that something can happen in one."""
+    trainer = Trainer(config, run)
+    step = trainer.train_step
+
+    def slow(batch: Batch) -> Tensor:
+        time.sleep(seconds)
+        return step(batch)
+
+    trainer.train_step = slow
+    trainer.train()
+
+
+def train_with_slow_writing(config: RunConfig, run: Path, seconds: float) -> None:
+    """Writing takes `seconds` for every tensor of a sharded checkpoint, or file of a whole one."""
+    from torch.distributed.checkpoint import filesystem
+
+    for module, name in ((filesystem, "_write_item"), (whole, "save_weights")):
+        setattr(module, name, after_sleeping(seconds, getattr(module, name)))
+    Trainer(config, run).train()
+
+
+def after_sleeping(seconds: float, function):
+    def slow(*arguments, **options):
+        time.sleep(seconds)
+        return function(*arguments, **options)
+
+    return slow
+
+
+def train_on_a_full_disk(config: RunConfig, run: Path, rank: int, full: range) -> None:
+    """On one rank the system does not let files grow while the steps `full` are taken."""
+    trainer = Trainer(config, run)
+    step = trainer.train_step
+    _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def limited(batch: Batch) -> Tensor:
+        if trainer.world.rank == rank:
+            limit = 4096 if trainer.step in full else hard
+            trainer.store.wait = with_limit(limit, hard, type(trainer.store).wait, trainer.store)
+            trainer.store.save = with_limit(limit, hard, type(trainer.store).save, trainer.store)
+        return step(batch)
+
+    trainer.train_step = limited
+    trainer.train()
+
+
+def with_limit(limit: int, hard: int, method, store):
+    """The method of the store, with files limited in size until what it began is written."""
+
+    def limited(*arguments):
+        before, _ = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+        try:
+            method(store, *arguments)
+            if store._pending is not None:
+                store._pending.exception()
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (before, hard))
+
+    return limited
+
+
+def train_with_a_bad_image(config: RunConfig, run: Path) -> dict:
+    """One of the images is not finite: it is on one rank only when its turn comes."""
+    dataset = NumberedImages()
+    dataset.images[5] = torch.nan
+    trainer = Trainer(config, run, dataset=dataset)
+    dataset.seen.clear()
+    before, changed = gathered(trainer), []
+    step = trainer.train_step
+
+    def watched(batch: Batch) -> Tensor:
+        nonlocal before
+        values = step(batch)
+        after = gathered(trainer)
+        changed.append(any(not after[k].equal(before[k]) for k in after if k in before))
+        before = after
+        return values
+
+    trainer.train_step = watched
+    trainer.train()
+    seen = [5 in images for images in dataset.seen]
+    return {"changed": changed, "skipped": trainer.skipped, "weights": before, "seen": seen}
+
+
+def try_to_train(config: RunConfig, run: Path, resume: bool) -> str:
+    """The error of a run that is refused."""
+    try:
+        Trainer(config, run, resume=resume)
+    except OSError as error:
+        return f"{type(error).__name__}: {error}"
+    return "not refused"

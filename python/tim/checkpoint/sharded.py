@@ -20,7 +20,7 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import Metadata
 
-from tim.checkpoint.training import DamagedCheckpoint, Training
+from tim.checkpoint.training import DamagedCheckpoint, Training, system_error
 from tim.models.loading import SHARDS
 
 STATE = "state.json"
@@ -117,6 +117,16 @@ def _check_fit(path: Path, targets: Mapping[str, Tensor], saved: Mapping[str, An
                 f"{path} does not fit the model: {name} has shape {list(saved[name].size)} there, "
                 f"{list(target.shape)} here"
             )
+
+
+class Writer(dcp.FileSystemWriter):
+    """PyTorch's writer, which tells why the system would not take a file."""
+
+    def write_data(self, *arguments: Any, **options: Any) -> Any:
+        try:
+            return super().write_data(*arguments, **options)
+        except Exception as error:
+            raise system_error(error) from None
 
 
 class Reader(dcp.FileSystemReader):

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from tim._checksums import digest, problem_with, read_sums, write_sums
 from tim.checkpoint import whole
 from tim.checkpoint.directory import begin, commit, set_aside
-from tim.checkpoint.training import DamagedCheckpoint, Training
+from tim.checkpoint.training import DamagedCheckpoint, Training, system_error
 from tim.models.loading import SHARDS, checkpoints
 from tim.parallel import World
 
@@ -59,7 +59,7 @@ class CheckpointStore:
             # Its copies are taken before it returns.
             written = dcp.async_save(
                 sharded.tensors_of(training),
-                storage_writer=dcp.FileSystemWriter(temporary / SHARDS),
+                storage_writer=sharded.Writer(temporary / SHARDS),
                 process_group=self.world.saving,
             )
             self._pending = self._writer.submit(self._finish_shards, temporary, written, state)
@@ -177,5 +177,6 @@ def _reason(error: BaseException) -> str:
     if failures := getattr(error, "failures", None):
         rank, (cause, _) = min(failures.items())
         return f"rank {rank}: {_reason(cause)}"
+    error = system_error(error)
     text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
     return " ".join(text.split()) or type(error).__name__

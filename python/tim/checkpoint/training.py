@@ -28,6 +28,16 @@ class Training:
         return {name: dict(state[p]) for name, p in self.model.named_parameters() if p in state}
 
 
+def system_error(error: BaseException) -> BaseException:
+    """The error of the system behind an error, such as a full disk: torch.save hides it."""
+    found: BaseException | None = error
+    while found is not None:
+        if isinstance(found, OSError):
+            return found
+        found = found.__cause__ or found.__context__
+    return error
+
+
 def like(tensor: Tensor, target: Tensor) -> Tensor:
     """`tensor`, which every rank has whole, as `target` has it: sharded or not, on its device."""
     tensor = tensor.to(device=target.device, dtype=target.dtype)

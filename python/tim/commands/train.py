@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -11,7 +10,7 @@ from typing import Annotated
 import tyro
 
 from tim import presets
-from tim.cli import UsageError, parse
+from tim.cli import UsageError, parse, tell
 from tim.config import RunConfig
 
 USAGE = "usage: tim train PRESET --run DIR [--resume] [--SECTION.FIELD VALUE ...]"
@@ -40,24 +39,28 @@ def main(arguments: list[str]) -> int:
         description=(presets.describe().get(preset)),
         default=Train(run=tyro.MISSING, config=_starting_point(preset, flags)),
     )
+    from tim.checkpoint import SaveFailed
     from tim.trainer import Trainer, TrainingStopped
 
     trainer = Trainer(command.config, command.run, resume=command.resume)
     if command.resume:
         where = f"resuming at step {trainer.step}" if trainer.step else "nothing to resume"
-        print(f"{where} in {command.run}", file=sys.stderr)
+        tell(f"{where} in {command.run}")
     try:
         trainer.train()
-    except TrainingStopped as stop:
-        print(f"tim train: {stop}", file=sys.stderr)
+    except (TrainingStopped, SaveFailed) as stop:
+        tell(f"tim train: {stop}")
         return 1
     except KeyboardInterrupt:
-        print(f"interrupted at step {trainer.step}; --resume goes on", file=sys.stderr)
+        tell(f"interrupted at step {trainer.step}; --resume goes on")
         return 130
+    if trainer.step < trainer.config.train.steps:
+        # SIGTERM: what the scheduler wants is a clean end.
+        return 0
     # Latents have more channels than a picture and no decoder here.
     pictures = trainer.dataset.shape[0] in (1, 3)
     hint = f"; to look at it: tim sample {command.run}" if pictures else ""
-    print(f"trained {trainer.step} steps{hint}", file=sys.stderr)
+    tell(f"trained {trainer.step} steps{hint}")
     return 0
 
 

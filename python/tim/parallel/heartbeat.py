@@ -42,7 +42,9 @@ class Beat(NamedTuple):
 class Heartbeat:
     """A context around the steps of a run; `beat` is called by all ranks at the same points."""
 
-    def __init__(self, world: World, timeout: float, stop: Callable[[str], None] | None = None):
+    def __init__(
+        self, world: World, timeout: float, stop: Callable[[str, float], None] | None = None
+    ):
         self.world, self.timeout = world, timeout
         self._stop = stop or _say_and_exit
         self._beat = Beat(0, 0, "start", socket.gethostname(), os.getpid())
@@ -68,7 +70,8 @@ class Heartbeat:
 
     def _run(self) -> None:
         told, since = None, time.monotonic()
-        while not self._ended.wait(min(5.0, self.timeout / 10)):
+        pause = min(5.0, self.timeout / 10)
+        while not self._ended.wait(pause):
             beat = self._beat
             try:
                 if beat != told:
@@ -79,7 +82,7 @@ class Heartbeat:
                         Beat(*json.loads(self._store.get(str(rank))))
                         for rank in range(self.world.size)
                     ]
-                    self._stop(describe(beats, self.world.rank, self.timeout))
+                    self._stop(describe(beats, self.world.rank, self.timeout), 3 * pause)
                     return
             except RuntimeError:
                 # The store is gone, and so is the rank that kept it: the collectives will tell.
@@ -109,6 +112,8 @@ def _connect() -> dist.Store:
     return dist.TCPStore(host, port, is_master=False)
 
 
-def _say_and_exit(text: str) -> None:
+def _say_and_exit(text: str, delay: float) -> None:
     print(f"tim train: {text}", file=sys.stderr, flush=True)
+    # The end of this process breaks the connections of others, which are about to say the same.
+    time.sleep(delay)
     os._exit(HANGS)

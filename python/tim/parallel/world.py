@@ -65,7 +65,7 @@ class World:
                 outcome[1] = _portable(error)
         dist.broadcast_object_list(outcome, src=0, group=self.group)
         if outcome[1] is not None:
-            raise outcome[1]
+            raise _known(outcome[1])
         return outcome[0]
 
     def together(self, call: Callable[[], T]) -> T:
@@ -79,7 +79,7 @@ class World:
             error = _portable(found)
         for found in self.exchange(error):
             if found is not None:
-                raise found
+                raise _known(found)
         return result  # type: ignore[return-value]
 
     def largest(self, *values: float) -> list[float]:
@@ -94,6 +94,12 @@ class World:
         """Leave together: rank 0 often serves the store that the others still need."""
         if self.size > 1:
             dist.barrier(self.group)
+
+
+def _known(error: Exception) -> Exception:
+    """The error, with a note for whoever tells it that every rank raises it."""
+    error.on_all_ranks = True  # type: ignore[attr-defined]
+    return error
 
 
 def _portable(error: Exception) -> Exception:
