@@ -141,7 +141,7 @@ class CheckpointStore:
         """Results of all ranks; when one fails, all do, and the half-written checkpoint goes."""
         try:
             outcome = (call(), None)
-        except Exception as error:
+        except BaseException as error:  # DCP's own is no Exception
             outcome = (None, f"rank {self.world.rank}: {_reason(error)}")
         outcomes = self.world.exchange(outcome, self.world.saving)
         if failures := [text for _, text in outcomes if text is not None]:
