@@ -142,7 +142,8 @@ class CheckpointStore:
         try:
             outcome = (call(), None)
         except BaseException as error:  # DCP's own is no Exception
-            outcome = (None, f"rank {self.world.rank}: {_reason(error)}")
+            known = getattr(error, "failures", None)
+            outcome = (None, ("" if known else f"rank {self.world.rank}: ") + _reason(error))
         outcomes = self.world.exchange(outcome, self.world.saving)
         if failures := [text for _, text in outcomes if text is not None]:
             if self.world.is_main:
