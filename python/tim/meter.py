@@ -9,11 +9,11 @@ from collections.abc import Callable
 
 import torch
 
-from tim.step import PHASES, VALUES
+from tim.step import PHASES, VALUES, WHOLE
 
 DATA = "data"
 #: Under which name the log has the time of each phase of a step.
-LOGGED = {DATA: "data_s", **dict(zip(PHASES, (
+LOGGED = {DATA: "data_s", WHOLE: "step_s", **dict(zip(PHASES, (
     "forward_derivative_s", "backward_s", "optimizer_s", "optimizer_s", "optimizer_s",
 ), strict=True))}  # fmt: skip
 
@@ -56,7 +56,7 @@ class Meter:
     def __init__(self) -> None:
         self.steps: list[list[float]] = []
         self.seconds = 0.0
-        self.phases: dict[str, float] = dict.fromkeys(LOGGED.values(), 0.0)
+        self.phases: dict[str, float] = {}
         self.resume()
 
     def resume(self) -> None:
@@ -67,7 +67,7 @@ class Meter:
         """The `VALUES` of some steps, which have just been read from the device, and their time."""
         self.steps += steps
         for name, seconds in phases.items():
-            self.phases[LOGGED[name]] += seconds
+            self.phases[LOGGED[name]] = self.phases.get(LOGGED[name], 0.0) + seconds
         self.seconds += time.perf_counter() - self._since
         self.resume()
 

@@ -32,6 +32,8 @@ VALUES = ("loss", "denoising", "projection", "grad_norm")
 #: Parts of a step, as profiles name them.
 PHASES = ("forward and derivative", "backward", "norm", "optimizer", "average")
 
+WHOLE = "step"
+
 
 class Inputs(NamedTuple):
     """What one part of a step works on, all on the device."""
@@ -51,7 +53,8 @@ class TrainingStep:
 
     `encoder(x, y)` gives the features for the projection loss where a batch has none; `text`
     encodes the captions of a text model. `spread` tells how the model lives on several ranks, of
-    which each gets its share of every batch. `mark` is told which part of the step begins.
+    which each gets its share of every batch. `mark` is told which part of the step begins, of
+    `PHASES`; `WHOLE` of a step that is one CUDA graph.
     """
 
     def __init__(
@@ -119,6 +122,8 @@ class TrainingStep:
         values is not finite, neither the weights, nor their averages, nor the optimizer's state
         change.
         """
+        if self.static:
+            self.mark(WHOLE)
         return self._run()
 
     def _steps(self) -> Tensor:
@@ -209,7 +214,8 @@ class TrainingStep:
 
     @contextmanager
     def _phase(self, name: str) -> Iterator[None]:
-        self.mark(name)
+        if not self.static:
+            self.mark(name)
         with record_function(name):
             yield
 
