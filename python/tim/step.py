@@ -173,8 +173,12 @@ class TrainingStep:
         if self.text is None:
             y = self._to_device(y)
             return y, self.model.null_condition(len(y))
-        # Inputs of a recorded step are of one size.
-        return self.text.with_null(y, self.text.max_tokens if self.static else None)
+        if self.static:
+            # Inputs of a recorded step are of one size.
+            return self.text.with_null(y, self.text.max_tokens)
+        # Padding is not masked, so captions are padded as if all ranks' were in one batch.
+        (longest,) = self.spread.world.largest(self.text.longest(y))
+        return self.text.with_null(y, int(longest))
 
     def _to_device(self, tensor: Tensor) -> Tensor:
         if self.device.type != "cuda" or tensor.is_cuda:

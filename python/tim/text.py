@@ -88,6 +88,10 @@ class TextEncoder:
         ids, mask = self.tokenize(captions, tokens)
         return self.states(ids.to(self.device), mask.to(self.device))
 
+    def longest(self, captions: Sequence[str]) -> int:
+        """Length M that a batch of captions is padded to."""
+        return self.tokenize(captions)[0].shape[1]
+
     def tokenize(self, captions: Sequence[str], tokens: int | None = None) -> tuple[Tensor, Tensor]:
         """Token numbers and mask (1 for tokens of the caption, 0 for padding), int64 [B, M]."""
         if isinstance(captions, str) or not all(isinstance(c, str) for c in captions):
