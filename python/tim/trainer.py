@@ -32,7 +32,7 @@ from tim.graphs import check_device
 from tim.grid import image_grid, pixels_of, save_picture
 from tim.meter import DATA, Clock, Meter
 from tim.models import TiM
-from tim.parallel import Heartbeat, StopRequest, build_spread, check_batch, join, pick_device
+from tim.parallel import Heartbeat, StopRequest, build_spread, check_spread, join, pick_device
 from tim.run_directory import CONFIG, check_directory, check_resumable, fit_to_data
 from tim.run_lock import RunLock
 from tim.run_log import NoLog, RunLog, open_log, peak_memory_gb
@@ -87,8 +87,10 @@ class Trainer:
         self.dataset = world.together(
             lambda: dataset if dataset is not None else build_dataset(config.data)
         )
+        if len(set(sizes := world.exchange(len(self.dataset)))) > 1:
+            raise ValueError(f"all ranks must have the same data, got {sizes} images")
         self.config = config = fit_to_data(config, self.dataset)
-        check_batch(config, world.size)
+        check_spread(config, world)
         self.device = world.device
         if train.cuda_graph:
             check_device(self.device, "train.cuda_graph")

@@ -16,6 +16,7 @@ from workers import (
     train_with_a_bad_image,
     train_with_slow_writing,
     try_to_train,
+    try_to_train_on_other_data,
 )
 
 from tim.checkpoint import checkpoints
@@ -202,3 +203,26 @@ def test_two_runs_in_one_directory(tmp_path, ranks_of_the_second) -> None:
     for error in errors:
         assert error.startswith(f"BlockingIOError: {run} is being trained by process {owner} on ")
     assert not (run / "run.lock").exists()
+
+
+@pytest.mark.parametrize(
+    ("train", "parallel", "message"),
+    [
+        ({"cuda_graph": True}, {}, "train.cuda_graph needs one process, got 2 ranks"),
+        ({"accumulate": 2, "batch_size": 6}, {}, "train.batch_size must be a multiple of "),
+        ({}, {"backend": "nccl"}, "parallel.backend nccl needs train.device cuda, got a CPU"),
+        ({}, {"strategy": "hybrid", "shard_size": 3}, "parallel.shard_size must divide "),
+    ],
+)
+def test_what_several_ranks_cannot_do(tmp_path, train, parallel, message) -> None:
+    base = run_config(parallel, **train)
+    for error in run_ranks(2, tmp_path / "logs", try_to_train, base, tmp_path / "run", False):
+        assert error.startswith(f"ValueError: {message}") and "\n" not in error
+    assert not (tmp_path / "run").exists()
+
+
+def test_ranks_with_different_data(tmp_path) -> None:
+    arguments = (run_config(), tmp_path / "run")
+    for error in run_ranks(2, tmp_path / "logs", try_to_train_on_other_data, *arguments):
+        assert error == "all ranks must have the same data, got [60, 59] images"
+    assert not (tmp_path / "run").exists()

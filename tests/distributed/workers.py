@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import resource
 import time
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor, Replicate
 
 from tim.checkpoint import whole
 from tim.config import RunConfig
@@ -42,11 +44,21 @@ def gathered(trainer: Trainer) -> dict[str, Tensor]:
     kinds = {"model": trainer.model.state_dict(), "ema": trainer.ema.model.state_dict()}
     for name, state in trainer._training.optimizer_state().items():
         kinds[f"optimizer.{name}"] = {key: state[key] for key in ("exp_avg", "exp_avg_sq")}
-    return {
-        f"{kind}.{name}": (value.full_tensor() if hasattr(value, "full_tensor") else value).clone()
+    # All are on their way before the first is waited for.
+    coming = {
+        f"{kind}.{name}": _whole(value)
         for kind, values in kinds.items()
         for name, value in values.items()
     }
+    return {name: value.clone() for name, value in coming.items()}
+
+
+def _whole(value: Tensor) -> Tensor:
+    """The tensor that ranks hold in parts, as a collective that may still run."""
+    if not isinstance(value, DTensor):
+        return value
+    everywhere = [Replicate()] * value.device_mesh.ndim
+    return value.redistribute(placements=everywhere, async_op=True).to_local()
 
 
 def train_noting_images(config: RunConfig, run: Path) -> tuple[list[list[int]], dict[str, Tensor]]:
@@ -162,6 +174,18 @@ def try_to_train(config: RunConfig, run: Path, resume: bool) -> str:
     """The error of a run that is refused."""
     try:
         Trainer(config, run, resume=resume)
-    except OSError as error:
+    except (OSError, ValueError) as error:
         return f"{type(error).__name__}: {error}"
+    return "not refused"
+
+
+def try_to_train_on_other_data(config: RunConfig, run: Path) -> str:
+    """The error where the last rank has an image less than the others."""
+    dataset = NumberedImages()
+    if int(os.environ["RANK"]) == int(os.environ["WORLD_SIZE"]) - 1:
+        dataset.images, dataset.labels = dataset.images[1:], dataset.labels[1:]
+    try:
+        Trainer(config, run, dataset=dataset)
+    except ValueError as error:
+        return str(error)
     return "not refused"

@@ -9,7 +9,7 @@ devices    what a process computes on
 
 from tim.parallel.devices import pick_device
 from tim.parallel.heartbeat import Heartbeat
-from tim.parallel.spread import Spread, build_spread, check_batch
+from tim.parallel.spread import Spread, build_spread, check_spread
 from tim.parallel.stop import StopRequest
 from tim.parallel.world import World, join, launched
 
@@ -19,7 +19,7 @@ __all__ = [
     "StopRequest",
     "World",
     "build_spread",
-    "check_batch",
+    "check_spread",
     "join",
     "launched",
     "pick_device",

@@ -178,9 +178,9 @@ def build_spread(
 
     Without `features` the projection head gets no gradient.
 
-    Raises ValueError when the batch cannot be shared out.
+    Raises ValueError as `check_spread`.
     """
-    check_batch(config, world.size)
+    check_spread(config, world)
     if world.size == 1:
         return Spread(world)
     parallel = config.parallel
@@ -212,10 +212,10 @@ def shard_size(config: RunConfig, world: World) -> int:
     return size
 
 
-def check_batch(config: RunConfig, ranks: int) -> None:
-    """ValueError unless every rank gets as many images of each part, and, where the passes of the
-    ranks must match, of each kind of sample."""
-    train = config.train
+def check_spread(config: RunConfig, world: World) -> None:
+    """ValueError unless model and step can be spread over the ranks: every rank must get as many
+    images of each part, and, where the passes of the ranks must match, of each kind of sample."""
+    train, ranks = config.train, world.size
     if train.batch_size % (train.accumulate * ranks):
         raise ValueError(
             f"train.batch_size must be a multiple of train.accumulate = {train.accumulate} times "
@@ -227,6 +227,7 @@ def check_batch(config: RunConfig, ranks: int) -> None:
         raise ValueError(f"train.cuda_graph needs one process, got {ranks} ranks")
     if config.parallel.strategy == "ddp":
         return
+    shard_size(config, world)
     part = train.batch_size // train.accumulate
     own = part // ranks
     first = round(config.objective.diffusion_ratio * part)
