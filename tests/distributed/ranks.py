@@ -5,9 +5,11 @@ They are forked from a server that has imported what they need, once for all tes
 
 from __future__ import annotations
 
+import faulthandler
 import json
 import multiprocessing
 import os
+import signal
 import socket
 import time
 import traceback
@@ -20,7 +22,7 @@ import torch
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(
     ["tim.trainer", "tim.checkpoint.sharded", "torch.distributed.fsdp", "torch.distributed.tensor",
-     "torch._dynamo"]
+     "torch._dynamo", "sklearn.datasets"]
 )  # fmt: skip
 
 
@@ -55,8 +57,12 @@ class Ranks:
     def send(self, rank: int, signal: int) -> None:
         os.kill(self.processes[rank].pid, signal)
 
-    def exit_codes(self, seconds: float = 60) -> list[int | None]:
-        """Wait for the end of all ranks."""
+    def exit_codes(self, seconds: float = 300) -> list[int | None]:
+        """Wait for the end of all ranks.
+
+        So long, because it tells little about them how busy the machine is. Whether they hang is
+        for `parallel.timeout` to say, of the steps.
+        """
         end = time.monotonic() + seconds
         for process in self.processes:
             process.join(max(0, end - time.monotonic()))
@@ -64,10 +70,21 @@ class Ranks:
 
     def results(self) -> list[Any]:
         """What the function returned on each rank; fails with a rank's traceback."""
-        for rank, code in enumerate(self.exit_codes()):
-            assert code == 0, f"rank {rank} ended with {code}:\n{self.output(rank)}"
+        codes = self.exit_codes()
+        if None in codes:
+            self._tell_where_they_are()
+        for rank, code in enumerate(codes):
+            told = f"ended with {code}" if code is not None else "has not ended"
+            assert code == 0, f"rank {rank} {told}:\n{self.output(rank)}"
         paths = [self.folder / f"{rank}.pt" for rank in range(len(self.processes))]
         return [torch.load(path, weights_only=False) for path in paths]
+
+    def _tell_where_they_are(self) -> None:
+        """Let every rank that still runs write the stacks of its threads to its output."""
+        for process in self.processes:
+            if process.is_alive():
+                os.kill(process.pid, signal.SIGUSR1)
+        time.sleep(1)
 
     def output(self, rank: int) -> str:
         """What the rank wrote to stdout and stderr so far."""
@@ -110,6 +127,7 @@ def _enter(
     log = os.open(folder / f"{rank}.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     for stream in (1, 2):
         os.dup2(log, stream)
+    faulthandler.register(signal.SIGUSR1, all_threads=True)
     torch.set_num_threads(1)
     try:
         torch.save(function(*arguments), folder / f"{rank}.pt")

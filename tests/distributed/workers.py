@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor, Replicate
+from torch.distributed.tensor import DTensor, Shard
 
 from tim.checkpoint import whole
 from tim.config import RunConfig
@@ -44,21 +44,31 @@ def gathered(trainer: Trainer) -> dict[str, Tensor]:
     kinds = {"model": trainer.model.state_dict(), "ema": trainer.ema.model.state_dict()}
     for name, state in trainer._training.optimizer_state().items():
         kinds[f"optimizer.{name}"] = {key: state[key] for key in ("exp_avg", "exp_avg_sq")}
-    # All are on their way before the first is waited for.
-    coming = {
-        f"{kind}.{name}": _whole(value)
-        for kind, values in kinds.items()
-        for name, value in values.items()
+    mine = {
+        f"{kind}.{name}": value for kind, values in kinds.items() for name, value in values.items()
     }
-    return {name: value.clone() for name, value in coming.items()}
+    held = {
+        name: (value.to_local() if isinstance(value, DTensor) else value).detach().clone()
+        for name, value in mine.items()
+    }
+    # One message, where full_tensor() of each would be hundreds.
+    parts = trainer.world.exchange(held)
+    return {
+        name: _whole(value, [part[name] for part in parts], trainer.world.rank)
+        if isinstance(value, DTensor)
+        else held[name]
+        for name, value in mine.items()
+    }
 
 
-def _whole(value: Tensor) -> Tensor:
-    """The tensor that ranks hold in parts, as a collective that may still run."""
-    if not isinstance(value, DTensor):
-        return value
-    everywhere = [Replicate()] * value.device_mesh.ndim
-    return value.redistribute(placements=everywhere, async_op=True).to_local()
+def _whole(value: DTensor, parts: list[Tensor], rank: int) -> Tensor:
+    """A tensor of which the ranks hold some rows each, from those that share this rank's copy."""
+    assert value.placements[-1] == Shard(0)
+    groups = value.device_mesh.mesh.view(-1, value.device_mesh.size(-1)).tolist()
+    (group,) = (group for group in groups if rank in group)
+    whole = torch.cat([parts[other] for other in group])
+    assert whole.shape == value.shape
+    return whole
 
 
 def train_noting_images(config: RunConfig, run: Path) -> tuple[list[list[int]], dict[str, Tensor]]:
