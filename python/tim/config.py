@@ -248,7 +248,8 @@ class ParallelConfig:
     backend: Literal["auto", "nccl", "gloo"] = "auto"
     """auto: nccl between GPUs, gloo between CPUs."""
     timeout: float = 600.0
-    """Seconds without progress after which a run is stopped and the rank that hangs is named."""
+    """Seconds without progress after which a run is stopped and the rank that hangs is named: more
+    than a sample grid takes, or writing a checkpoint."""
 
     def __post_init__(self) -> None:
         if self.shard_size is not None:

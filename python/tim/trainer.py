@@ -211,10 +211,12 @@ class Trainer:
                 self._log(log, meter)
                 meter = Meter()
             if pictured and not stopped:
+                self.heartbeat.beat(self.step, "samples")
                 self._sample(log)
             # The weights of a streak of bad steps may be past saving, and would push out good
             # checkpoints: the step that ends the streak is saved instead.
             if last or (due and self.bad_in_row == 0):
+                self.heartbeat.beat(self.step, "saving")
                 self._save(log, last)
                 due = False
             if stopped:
