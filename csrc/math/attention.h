@@ -17,7 +17,9 @@ constexpr float kLog2E = 1.44269504088896341f;
 // 2^(x - n). Zero below -125.5, infinite from 128 on, NaN for a NaN.
 TIM_HD float power_of_two(float x) {
 #ifdef __CUDA_ARCH__
-    return ::exp2f(x);
+    float value;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(value) : "f"(x));
+    return value;
 #else
     // Adding 1.5 * 2^23 leaves the nearest integer in the low bits of the sum; the 126 is the bias
     // of the exponent of 2^(n-1), whose n, unlike that of 2^n, stays in range up to the overflow.
