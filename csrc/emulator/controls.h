@@ -15,12 +15,28 @@ namespace tim::emulator {
 inline void define_controls(pybind11::module_& m) {
     m.def(
         "set_device",
-        [](int multiprocessors, uint32_t order) {
+        [](int multiprocessors, uint32_t order, int shared_bytes, bool runs) {
             device().multiprocessors = multiprocessors;
             device().order = order;
+            device().shared_bytes = shared_bytes;
+            device().runs = runs;
+            launches().clear();
         },
         pybind11::arg("multiprocessors") = 2, pybind11::arg("order") = 0,
-        "Size of the device, and the seed that shuffles blocks and threads (0: natural order).");
+        pybind11::arg("shared_bytes") = Device().shared_bytes, pybind11::arg("runs") = true,
+        "Size of the device and of a block's shared memory, the seed that shuffles blocks and "
+        "threads (0: natural order), and whether kernels run or are only recorded.");
+    m.def(
+        "launches",
+        [] {
+            pybind11::list list;
+            for (const Launch& launch : launches())
+                list.append(pybind11::make_tuple(launch.kernel, launch.blocks, launch.threads,
+                                                 launch.shared_bytes));
+            return list;
+        },
+        "(kernel, blocks, threads of a block, bytes of shared memory) of the launches that did not "
+        "run, since set_device.");
     m.def(
         "set_memory",
         [](const std::vector<std::pair<uintptr_t, size_t>>& ranges) {

@@ -63,6 +63,11 @@ Device& device() {
     return device;
 }
 
+std::vector<Launch>& launches() {
+    static std::vector<Launch> launches;
+    return launches;
+}
+
 cudaError_t set_attribute(const void* kernel, cudaFuncAttribute attribute, int value) {
     if (attribute != cudaFuncAttributeMaxDynamicSharedMemorySize) return cudaSuccess;
     if (value < 0 || value > device().shared_bytes)
@@ -84,7 +89,14 @@ cudaError_t launch(const cudaLaunchConfig_t& config, const void* kernel, const v
     static std::mutex mutex;  // there is one device, with room for one block
     const std::lock_guard<std::mutex> lock(mutex);
     gridDim = config.gridDim;
-    std::vector<uint64_t> blocks(uint64_t(gridDim.x) * gridDim.y * gridDim.z);
+    const uint64_t count = uint64_t(gridDim.x) * gridDim.y * gridDim.z;
+    if (!device().runs) {
+        const dim3 block = config.blockDim;
+        launches().push_back(
+            {function_name(kernel), count, block.x * block.y * block.z, config.dynamicSmemBytes});
+        return cudaSuccess;
+    }
+    std::vector<uint64_t> blocks(count);
     std::iota(blocks.begin(), blocks.end(), uint64_t(0));
     std::mt19937 order(device().order);
     if (device().order != 0) std::shuffle(blocks.begin(), blocks.end(), order);
@@ -134,6 +146,9 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
             return cudaSuccess;
         case cudaDevAttrMaxSharedMemoryPerBlockOptin:
             *value = device().shared_bytes;
+            return cudaSuccess;
+        case cudaDevAttrMaxSharedMemoryPerMultiprocessor:
+            *value = device().shared_bytes + 1024;  // which the system takes from each block
             return cudaSuccess;
         case cudaDevAttrComputeCapabilityMajor:
             *value = 8;
