@@ -17,8 +17,6 @@ PLACES = {
     "tests": "tests/ops/test_{}.py",
     "benchmarks": "benchmarks/bench_{}.py",
 }
-#: Attention has no CUDA kernels yet.
-WITHOUT_CUDA = {"attention"}
 #: Lowest first; a module may import from its own layer and those below it. Every module is in one.
 LAYERS = (
     ("_checks", "_checksums", "_extension", "_flags", "_imports", "images"),
@@ -48,10 +46,7 @@ LAYERS = (
 @pytest.mark.parametrize("name", tim.ops.available())
 def test_every_operation_is_in_every_place(name, place):
     path = ROOT / PLACES[place].format(name)
-    if name in WITHOUT_CUDA and place == "cuda":
-        assert not path.exists(), f"{name} has CUDA kernels now: take it off WITHOUT_CUDA"
-    else:
-        assert path.is_file(), f"{name} is missing at {path.relative_to(ROOT)}"
+    assert path.is_file(), f"{name} is missing at {path.relative_to(ROOT)}"
 
 
 def imported(path: Path) -> set[str]:

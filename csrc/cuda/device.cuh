@@ -18,6 +18,16 @@ constexpr int kMaxGridY = 2;  // so that the emulator's blocks take several turn
 
 TIM_DEVICE int lane() { return threadIdx.x % kWarp; }
 
+// blockIdx.x, of which the compiler does not know that it is the same every time: what follows from
+// it can be computed again instead of being kept in registers.
+TIM_DEVICE unsigned block_index() {
+    unsigned index = blockIdx.x;
+#ifdef __CUDA_ARCH__
+    asm volatile("" : "+r"(index));
+#endif
+    return index;
+}
+
 TIM_DEVICE void barrier() { __syncthreads(); }
 
 // The value of lane `source` modulo 32, or of the lane whose number differs by the bits of `mask`.
@@ -29,6 +39,18 @@ TIM_DEVICE float shuffle(float value, int source) {
 TIM_DEVICE float shuffle_xor(float value, int mask) {
     return __shfl_xor_sync(0xffffffffu, value, mask);
 }
+
+// Of how many lanes the predicate is true, and whether it is of any. All 32 must take part.
+TIM_DEVICE int count_lanes(bool predicate) {
+    const unsigned lanes = __ballot_sync(0xffffffffu, predicate);
+#ifdef __CUDACC__
+    return __popc(lanes);
+#else
+    return __builtin_popcount(lanes);
+#endif
+}
+
+TIM_DEVICE bool any_lane(bool predicate) { return __any_sync(0xffffffffu, predicate); }
 
 // The block's dynamic shared memory, aligned to 16 bytes.
 TIM_DEVICE float* shared_memory() {
@@ -106,11 +128,24 @@ void launch(const Call& call, void (*kernel)(Parameters...), dim3 grid, dim3 blo
     check(call, cudaGetLastError());
 }
 
-inline int multiprocessors(const Call& call) {
-    int device = 0, count = 0;
+inline int device_attribute(const Call& call, cudaDeviceAttr attribute) {
+    int device = 0, value = 0;
     check(call, cudaGetDevice(&device));
-    check(call, cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device));
-    return count;
+    check(call, cudaDeviceGetAttribute(&value, attribute, device));
+    return value;
+}
+
+inline int multiprocessors(const Call& call) {
+    return device_attribute(call, cudaDevAttrMultiProcessorCount);
+}
+
+// Lets blocks of the kernel have more shared memory than the 48 KiB that all may take.
+template <class... Parameters>
+void allow_shared_memory(const Call& call, void (*kernel)(Parameters...), size_t bytes) {
+    if (bytes <= 48 * 1024) return;
+    check(call,
+          cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(bytes)));
+    check(call, cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, 100));
 }
 
 }  // namespace tim::cuda

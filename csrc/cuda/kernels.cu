@@ -12,6 +12,7 @@ void add_swiglu(Kernels&);
 void add_adaln(Kernels&);
 void add_qk_norm_rope(Kernels&);
 void add_transition_loss(Kernels&);
+void add_attention(Kernels&);
 
 void fail(const Call& call, cudaError_t error) {
     std::string shape;
@@ -38,6 +39,7 @@ const Kernels& kernels() {
         add_adaln(kernels);
         add_qk_norm_rope(kernels);
         add_transition_loss(kernels);
+        add_attention(kernels);
         return kernels;
     }();
     return table;

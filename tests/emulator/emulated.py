@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
@@ -19,8 +20,8 @@ import torch
 from torch import Tensor
 
 from tim import _extension
+from tim.ops import _attention_kernels, _table
 from tim.ops import _dispatch as dispatch
-from tim.ops import _table
 
 ROOT = Path(__file__).parents[2]
 #: Build and run under AddressSanitizer and UBSan, whose runtime must be loaded first (.ci/run).
@@ -110,6 +111,9 @@ def emulated(place: Callable[[Tensor], Tensor] = lambda tensor: tensor) -> Itera
         patch.setattr(torch, "empty_like", poisoned(torch.empty_like))
         patch.setattr(dispatch, "launch", launch_within)
         patch.setitem(dispatch.KERNEL_DTYPES, "cpu", dispatch.KERNEL_DTYPES["cuda"])
+        limits = [replace(rule, device="cpu") for rule in _table.LIMITS if rule.device == "cuda"]
+        patch.setattr(_table, "LIMITS", tuple(limits))
+        patch.setattr(_attention_kernels, "WITH_SCRATCH", {"cpu"})
         forget()
         try:
             yield emulator

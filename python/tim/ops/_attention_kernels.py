@@ -11,6 +11,9 @@ from tim.ops import _attention_forward as forward
 from tim.ops import _dispatch as dispatch
 from tim.ops import pairs
 
+#: Devices whose backward pass keeps rowsum(grad * out) in memory that it is given.
+WITH_SCRATCH = {"cuda"}
+
 
 def first_rows(name: str, cu_seqlens: Tensor, rows: int, longest: int) -> list[int]:
     """The first rows of the sequences, checked."""
@@ -142,7 +145,7 @@ def _backward(
     operands = (_operand(q), _operand(k), _operand(v))
     inputs = (grad.contiguous(), *operands, out, lse)
     packing = (cu_seqlens_q, cu_seqlens_k, max_q, max_k)
-    scratch = None if q.device.type == "cpu" else torch.empty_like(lse)
+    scratch = torch.empty_like(lse) if q.device.type in WITH_SCRATCH else None
     _launch("attention_backward", inputs, operands, (scratch, *gradients), packing, scale)
     return gradients
 
