@@ -106,7 +106,8 @@ def score(
 
     row: dict[str, float] = {}
     if reference is not None:
-        row |= measures.scores(reference, whole("features"), metrics, seed=seed)
+        device = next(networks.features.parameters(), torch.empty(0)).device
+        row |= measures.scores(reference, whole("features"), metrics, seed=seed, device=device)
     if networks.logits is not None:
         row["inception_score"] = measures.inception_score(whole("logits"), seed=seed)
     if networks.clip is not None:

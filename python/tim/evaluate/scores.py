@@ -38,7 +38,12 @@ class Statistics:
 
 
 def scores(
-    reference: Statistics, features: Tensor, metrics: tuple[str, ...], *, seed: int = 0
+    reference: Statistics,
+    features: Tensor,
+    metrics: tuple[str, ...],
+    *,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
 ) -> dict[str, float]:
     """Of features [N, D] of samples, the `metrics` out of METRICS; with kid also kid_std.
 
@@ -47,6 +52,7 @@ def scores(
 
     Args:
         seed: of the subsets of KID.
+        device: to compute all but FID on.
 
     Raises:
         ImportError: torchmetrics is missing (names the extra).
@@ -54,10 +60,13 @@ def scores(
     found: dict[str, float] = {}
     if "fid" in metrics:
         found["fid"] = fid(reference, features)
+    if not set(metrics) - {"fid"}:
+        return found
+    real, features = reference.features.to(device), features.to(device)
     if "kid" in metrics:
-        found["kid"], found["kid_std"] = kid(reference.features, features, seed=seed)
+        found["kid"], found["kid_std"] = kid(real, features, seed=seed)
     if "precision" in metrics or "recall" in metrics:
-        both = precision_recall(reference.features, features)
+        both = precision_recall(real, features)
         found |= {n: v for n, v in zip(METRICS[2:], both, strict=True) if n in metrics}
     return found
 
