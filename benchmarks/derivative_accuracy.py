@@ -4,8 +4,8 @@
 
 dF of the samples with r < t of one batch, as the training step takes it, in float32 and under bf16
 autocast: `jvp` by this package and by the public arrangement (peers.py), `dde` of both for half
-widths from 0.001 to 0.05. Networks: one with random weights throughout (the size "small" of
-`tim bench step`) and, with --run, the averaged weights of a run on the scanned digits.
+widths from 0.001 to 0.05. Networks: one with random weights and, with --run, the averaged
+weights of a run on the scanned digits.
 """
 
 from __future__ import annotations
@@ -23,8 +23,9 @@ import torch
 import tim
 from tim.bench import derivative, machine
 from tim.bench.problem import relative_error
-from tim.bench.step import STEP_SIZES, Setup, StepSize
+from tim.bench.step import Setup, StepSize
 from tim.data.digits import digits
+from tim.models import TiMConfig
 
 EPSILONS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05)
 DTYPES = (torch.float32, torch.bfloat16)
@@ -41,8 +42,9 @@ LINES = (
 
 
 def random_network() -> Setup:
-    size = next(size for size in STEP_SIZES["cpu"] if size.name == "small")
-    return Setup.random(replace(size, batch=BATCH), torch.float32, torch.device("cpu"))
+    config = TiMConfig(input_size=16, hidden_size=192, depth=6, num_heads=3, num_classes=10)
+    size = StepSize("random", config, BATCH)
+    return Setup.random(size, torch.float32, torch.device("cpu"))
 
 
 def trained_network(run: str) -> Setup:
@@ -94,7 +96,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--json", help="write the errors there")
     parser.add_argument("--plot", help="write a picture there")
     options = parser.parse_args(arguments)
-    setups = {"random weights, 64 tokens, 12 blocks": random_network()}
+    setups = {"random weights, 64 tokens, 6 blocks": random_network()}
     if options.run:
         setups["trained on digits, 16 tokens, 4 blocks"] = trained_network(options.run)
     networks = {}
