@@ -45,8 +45,6 @@ if(CMAKE_SYSTEM_PROCESSOR MATCHES "x86_64|AMD64")
   target_compile_definitions(_C PRIVATE TIM_X86_KERNELS)
   check_cxx_compiler_flag(-mavx512bf16 TIM_HAS_AVX512BF16)
   if(TIM_HAS_AVX512BF16)
-    # Only products of bfloat16 matrices gain by these instructions; the rest is avx512's.
-    set(kernel_sources csrc/cpu/attention.cpp csrc/cpu/attention_backward.cpp)
     add_cpu_kernels(avx512bf16 -mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx512bf16 -mfma
                     -mprefer-vector-width=512)
     target_compile_definitions(_C PRIVATE TIM_AVX512BF16_KERNELS)

@@ -196,24 +196,14 @@ void pack_transposed(const T* x, int64_t stride, int64_t count, int64_t vectors,
 // to[i] = (low[i], high[i]) for `count` lanes, each number rounded to nearest.
 template <int count>
 void store_pairs(float* to, const float* low, const float* high) {
-#ifdef __AVX512BF16__
-    // Lane i of `low` and lane i of `high`, which the conversion leaves 16 numbers apart.
-    const __m512i order =
-        _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6,
-                         21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
     for (int i = 0; i < count; i += kRegister) {
-        const __m512bh both =
-            _mm512_cvtne2ps_pbh(__m512(load_register(high + i)), __m512(load_register(low + i)));
-        store_register(to + i, Register(_mm512_permutexvar_epi16(order, __m512i(both))));
-    }
+        const Register a = load_register(low + i), b = load_register(high + i);
+#ifdef __AVX512BF16__
+        store_register(to + i, rounded_normal_halves(a, b));
 #else
-    for (int i = 0; i < count; ++i) {
-        BFloat16 a, b;
-        store(&a, low[i]);
-        store(&b, high[i]);
-        to[i] = math::from_bits(pair(a, b));
-    }
+        store_register(to + i, rounded_halves(a, b));
 #endif
+    }
 }
 
 // to[i] = x[i] rounded to nearest.

@@ -36,16 +36,7 @@ TIM_DECLARE_KERNELS(avx512)
 #endif
 
 #ifdef TIM_AVX512BF16_KERNELS
-namespace tim::cpu::avx512bf16 {
-void add_attention(Kernels&);
-void add_attention_backward(Kernels&);
-static Kernels kernels() {
-    Kernels table = avx512::kernels();
-    add_attention(table);
-    add_attention_backward(table);
-    return table;
-}
-}  // namespace tim::cpu::avx512bf16
+TIM_DECLARE_KERNELS(avx512bf16)
 #endif
 
 namespace tim::cpu {

@@ -100,7 +100,7 @@ inline void store_halves(BFloat16* p, Register x, int count) {
 // Rounds to nearest, ties to even: one is carried from the lower half of a float into the upper one
 // where it is beyond the middle. This must not make a NaN infinite or zero. The NaN of arithmetic
 // are quiet, which is a bit of the upper half, and upper halves with all ones are left alone.
-inline Register rounded_halves(Register even, Register odd) {
+inline Register rounded_by_integers(Register even, Register odd) {
     const __m512i e = __m512i(even), o = __m512i(odd);
     const __m512i odd_words = _mm512_set1_epi32(int(0xffff0000u));
     // a ? b : c in every bit.
@@ -116,6 +116,29 @@ inline Register rounded_halves(Register even, Register odd) {
                                                           magnitude, _mm512_set1_epi16(-1));
     return Register(_mm512_mask_add_epi16(upper, carry, upper, _mm512_set1_epi16(1)));
 }
+
+#if defined(__AVX512BF16__)
+// The same but for subnormal numbers, which become zero.
+inline Register rounded_normal_halves(Register even, Register odd) {
+    // Lane i of `even` and lane i of `odd`, which the conversion leaves 16 numbers apart.
+    const __m512i turns =
+        _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6,
+                         21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+    const __m512bh both = _mm512_cvtne2ps_pbh(__m512(odd), __m512(even));
+    return Register(_mm512_permutexvar_epi16(turns, __m512i(both)));
+}
+inline Register rounded_halves(Register even, Register odd) {
+    constexpr int kSubnormal = 0x20;
+    const bool subnormal = _mm512_fpclass_ps_mask(__m512(even), kSubnormal) |
+                           _mm512_fpclass_ps_mask(__m512(odd), kSubnormal);
+    if (__builtin_expect(subnormal, 0)) return rounded_by_integers(even, odd);
+    return rounded_normal_halves(even, odd);
+}
+#else
+inline Register rounded_halves(Register even, Register odd) {
+    return rounded_by_integers(even, odd);
+}
+#endif
 
 // The second operand where one is NaN, as in math::not_below.
 inline Register at_least(Register x, float low) {
