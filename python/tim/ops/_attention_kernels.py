@@ -46,11 +46,12 @@ def _launch(
 ) -> None:
     """Call a kernel: pointers of `inputs`, offsets and outputs, strides of `strided`, sizes."""
     q, k = strided[:2]
-    offsets, longest = packing[:2], packing[2:]
-    sequences = 0 if offsets[0] is None else len(offsets[0]) - 1
+    batch, tokens, heads, head_dim = q.shape
+    first_q, first_k, *longest = packing
+    sequences = 0 if first_q is None else first_q.shape[0] - 1
     dispatch.launch(
-        name, q, *map(dispatch.pointer, (*inputs, *offsets, *outputs)), *map(_strides, strided),
-        q.shape[0], q.shape[1], k.shape[1], *q.shape[2:], sequences, *longest, scale,
+        name, q, *inputs, first_q, first_k, *outputs, *map(_strides, strided),
+        batch, tokens, k.shape[1], heads, head_dim, sequences, *longest, scale,
         dispatch.DTYPE_CODES[q.dtype],
     )  # fmt: skip
 
@@ -101,7 +102,7 @@ def _tangent(
 ) -> tuple[Tensor, Tensor, Tensor]:
     packing = (cu_seqlens_q, cu_seqlens_k, max_q, max_k)
     tangents = tuple(map(_operand, (t_q, t_k, t_v)))
-    first = len(q) - pairs.count(tangents)
+    first = q.shape[0] - pairs.count(tangents)
     fused = source == "kernel" and dispatch.has_kernel("attention_dual", q.device.type)
     if not fused:
         out, lse = _forward(q, k, v, *packing, scale, source)
@@ -109,13 +110,15 @@ def _tangent(
         _check_values(q, k, packing)
         out, lse = _fake(q)
     q, k, v = map(_operand, (q, k, v))
-    if fused and first and out.numel():
-        head = (q[:first], k[:first], v[:first])
-        _launch("attention", head, head, (out[:first], lse[:first]), packing, scale)
-    last = (q[first:], k[first:], v[first:])
+    last, results = (q, k, v), (out, lse)
+    if first:
+        if fused and out.numel():
+            head = (q[:first], k[:first], v[:first])
+            _launch("attention", head, head, (out[:first], lse[:first]), packing, scale)
+        last, results = (q[first:], k[first:], v[first:]), (out[first:], lse[first:])
     t_out = dispatch.empty_like(last[0])
     if t_out.numel():
-        strided, results = (*last, *tangents), (out[first:], lse[first:])
+        strided = (*last, *tangents)
         if fused:
             _launch("attention_dual", strided, strided, (*results, t_out, None), packing, scale)
         else:
@@ -152,7 +155,8 @@ def _backward(
 
 def _fake(q: Tensor, *_: object) -> tuple[Tensor, Tensor]:
     batch, tokens, heads, _ = q.shape
-    return dispatch.empty_like(q), q.new_empty((batch, heads, tokens), dtype=torch.float32)
+    lse = torch.empty(batch, heads, tokens, dtype=torch.float32, device=q.device)
+    return dispatch.empty_like(q), lse
 
 
 def _tangent_fake(

@@ -67,6 +67,8 @@ __all__ = [
     "why_not",
 ]
 
+_unpack_dual, _make_dual = torch._VF._unpack_dual, torch._VF._make_dual
+
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 #: By name; of two forms of one operation the first.
 OPERATORS: dict[str, Operator] = {}
@@ -129,6 +131,18 @@ class Operator:
         if self.alone is not None:
             return self.alone(*arguments)
         return self._first(self.plain.implementation(*arguments))
+
+    def beside(self, primals: tuple, tangents: tuple, *others: object) -> tuple | None:
+        """Results of `pair` for values with tangents beside them; None where no kernel runs."""
+        arguments = (*primals, *tangents, *others)
+        device = plain_device(*[a for a in arguments if isinstance(a, Tensor)])
+        if device is None:
+            if why_not(self.name, *primals, direction="tangent") is not None:
+                return None
+            return self.pair(*arguments)
+        if _table.recall(self.name, "tangent", device, primals[0].dtype).why_not(primals[0]):
+            return None
+        return self.pair.direct(*arguments)
 
     def _first(self, results):
         if not isinstance(results, tuple):
@@ -250,24 +264,36 @@ def split_tangents(
     level = forward_ad._current_level
     if level < 0 or is_mapped(*tensors):
         return tensors, None
-    duals = [_unpack(tensor, level) for tensor in tensors]
-    if all(tangent is None for _, tangent in duals):
-        return tensors, None
-    _refuse_second_tangent()
-    return tuple(primal for primal, _ in duals), tuple(tangent for _, tangent in duals)
+    unpack = _unpack_traced if torch.compiler.is_compiling() else _unpack
+    primals, tangents = unpack(tensors, level)
+    for tangent in tangents:
+        if tangent is not None:
+            _refuse_second_tangent()
+            return tuple(primals), tuple(tangents)
+    return tensors, None
 
 
-def _unpack(tensor: Tensor | None, level: int) -> tuple[Tensor | None, Tensor | None]:
-    if tensor is None:
-        return None, None
-    if torch.compiler.is_compiling():
-        return tuple(forward_ad.unpack_dual(tensor, level=level))
+def _unpack_traced(tensors: Sequence[Tensor | None], level: int) -> tuple[list, list]:
+    duals = [
+        (None, None) if tensor is None else forward_ad.unpack_dual(tensor, level=level)
+        for tensor in tensors
+    ]
+    return [primal for primal, _ in duals], [tangent for _, tangent in duals]
+
+
+def _unpack(tensors: Sequence[Tensor | None], level: int) -> tuple[list, list]:
     functorch = torch._C._functorch
-    if functorch.peek_interpreter_stack() is not None and not functorch.is_gradtrackingtensor(
-        tensor
-    ):
-        return tensor, None  # torch.func.jvp wraps all tensors to which it gives tangents
-    return torch._VF._unpack_dual(tensor, level=level)
+    transformed = functorch.peek_interpreter_stack() is not None
+    primals, tangents = [], []
+    for tensor in tensors:
+        # torch.func.jvp wraps all tensors to which it gives tangents.
+        if tensor is None or (transformed and not functorch.is_gradtrackingtensor(tensor)):
+            primal, tangent = tensor, None
+        else:
+            primal, tangent = _unpack_dual(tensor, level=level)
+        primals.append(primal)
+        tangents.append(tangent)
+    return primals, tangents
 
 
 def drop_tangent_graph(outputs: Tensor | tuple[Tensor, ...]) -> Tensor | tuple[Tensor, ...]:
@@ -292,7 +318,7 @@ def drop_tangent_graph(outputs: Tensor | tuple[Tensor, ...]) -> Tensor | tuple[T
 def make_dual(primal: Tensor, tangent: Tensor) -> Tensor:
     if torch.compiler.is_compiling():
         return forward_ad.make_dual(primal, tangent)
-    return torch._VF._make_dual(primal, tangent, level=forward_ad._current_level)
+    return _make_dual(primal, tangent, level=forward_ad._current_level)
 
 
 def promote(*tensors: Tensor) -> tuple[Tensor, ...]:

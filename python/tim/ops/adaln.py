@@ -82,25 +82,26 @@ def gated_adaln_reference(
 
 
 def _adaln_of_pairs(x: Operand, shift: Operand, scale: Operand, eps: float) -> Pair:
-    operands = pairs.promote(x, shift, scale)
-    primals, tangents = pairs.split(*operands)
+    primals, tangents = pairs.split_promoted(x, shift, scale)
     _check_modulation(primals[0], shift=primals[1], scale=primals[2])
-    if dispatch.why_not("adaln", *primals, direction="tangent") is not None:
+    results = _ADALN.beside(primals, tangents, eps)
+    if results is None:
+        operands = pairs.join(primals, tangents)
         return pairs.lift(lambda *inputs: adaln_reference(*inputs, eps), *operands)
-    out, t_out, _, _ = _ADALN.pair(*primals, *tangents, eps)
-    return Pair(out, t_out)
+    return Pair(*results[:2])
 
 
 def _gated_adaln_of_pairs(
     x: Operand, y: Operand, gate: Operand, shift: Operand, scale: Operand, eps: float
 ) -> tuple[Pair, Pair]:
-    operands = pairs.promote(x, y, gate, shift, scale)
-    primals, tangents = pairs.split(*operands)
+    primals, tangents = pairs.split_promoted(x, y, gate, shift, scale)
     _check_modulation(primals[0], gate=primals[2], shift=primals[3], scale=primals[4])
     dispatch.check_shape("y", primals[1], primals[0].shape, "that of x")
-    if dispatch.why_not("adaln", *primals, direction="tangent") is not None:
+    results = _GATED_ADALN.beside(primals, tangents, eps)
+    if results is None:
+        operands = pairs.join(primals, tangents)
         return pairs.lift(lambda *inputs: gated_adaln_reference(*inputs, eps), *operands)
-    h, out, t_h, t_out, _, _ = _GATED_ADALN.pair(*primals, *tangents, eps)
+    h, out, t_h, t_out, _, _ = results
     return Pair(h, t_h), Pair(out, t_out)
 
 
@@ -208,48 +209,40 @@ def _gated_tangent(
 
 def _run_tangent(primals: tuple, tangents: tuple, eps: float) -> tuple:
     """h, out, t_h, t_out, mean, rstd; tangents may be of the last samples alone."""
-    x, y = map(_contiguous, primals[:2])
-    t_x, t_y = map(_contiguous, tangents[:2])
-    modulation, t_modulation = [*map(_rows, primals[2:])], [*map(_rows, tangents[2:])]
-    size = pairs.count(tangents)
-    head, tail = slice(0, len(x) - size), slice(len(x) - size, None)
-    h = None if y is None else dispatch.empty_like(x)
-    out, mean, rstd = dispatch.empty_like(x), _row_statistics(x), _row_statistics(x)
-    t_h, t_out = None if y is None else dispatch.empty_like(x[tail]), dispatch.empty_like(x[tail])
-    if x[head].numel():
-        _launch("adaln", head, (x, y, *modulation), (), (h, out), (), (mean, rstd), eps)
-    if x[tail].numel():
-        moving = (t_x, t_y, *t_modulation)
-        _launch(
-            "adaln_tangent", tail, (x, y, *modulation), moving, (h, out), (t_h, t_out),
-            (mean, rstd), eps,
-        )  # fmt: skip
+    x, y, gate, shift, scale = primals
+    t_x, t_y, t_gate, t_shift, t_scale = tangents
+    x, y, t_x, t_y = x.contiguous(), _contiguous(y), _contiguous(t_x), _contiguous(t_y)
+    primals = (x, y, _rows(gate), _rows(shift), _rows(scale))
+    tangents = (t_x, t_y, _rows(t_gate), _rows(t_shift), _rows(t_scale))
+    first = x.shape[0] - pairs.count(tangents)
+    moving = x[first:] if first else x
+    h = None if y is None else torch.empty_like(x)
+    out, mean, rstd = torch.empty_like(x), _row_statistics(x), _row_statistics(x)
+    t_h, t_out = None if y is None else torch.empty_like(moving), torch.empty_like(moving)
+    outputs = (h, out, mean, rstd)
+    if first:
+        samples = slice(0, first)
+        _launch("adaln", _part(primals, samples), (), _part(outputs, samples), (), eps)
+        primals, outputs = _part(primals, slice(first, None)), _part(outputs, slice(first, None))
+    _launch("adaln_tangent", primals, tangents, outputs, (t_h, t_out), eps)
     return h, out, t_h, t_out, mean, rstd
 
 
+def _part(tensors: tuple, samples: slice) -> tuple[Tensor | None, ...]:
+    return tuple(None if tensor is None else tensor[samples] for tensor in tensors)
+
+
 def _launch(
-    name: str,
-    samples: slice,
-    primals: tuple,
-    tangents: tuple,
-    outputs: tuple,
-    t_outputs: tuple,
-    statistics: tuple,
-    eps: float,
+    name: str, primals: tuple, tangents: tuple, outputs: tuple, t_outputs: tuple, eps: float
 ) -> None:
-    """Call a kernel on some samples of primals, outputs and statistics."""
-
-    def part(tensors: tuple) -> list[Tensor | None]:
-        return [None if tensor is None else tensor[samples] for tensor in tensors]
-
-    primals = part(primals)
-    modulation, t_modulation = primals[2:], tangents[2:]
-    arrays = (*primals, *tangents, *part(outputs), *t_outputs, *part(statistics))
-    dispatch.launch(
-        name, primals[0], *arrays, *primals[0].shape,
-        *map(_stride, modulation), *map(_stride, t_modulation), eps,
-        dispatch.DTYPE_CODES[primals[0].dtype],
-    )  # fmt: skip
+    """Call a kernel with inputs, outputs (h, out, mean, rstd) and tangents of the first two."""
+    x = primals[0]
+    if x.numel():
+        dispatch.launch(
+            name, x, *primals, *tangents, *outputs[:2], *t_outputs, *outputs[2:], *x.shape,
+            *map(_stride, primals[2:]), *map(_stride, tangents[2:]), eps,
+            dispatch.DTYPE_CODES[x.dtype],
+        )  # fmt: skip
 
 
 def _backward(

@@ -16,6 +16,7 @@ from tim.ops import _attention_kernels as kernels
 from tim.ops import _dispatch as dispatch
 from tim.ops import pairs
 from tim.ops._attention_tiled import tiled_tangent
+from tim.ops._table import recall
 from tim.ops.pairs import Operand, Pair
 
 BACKENDS = ("auto", "kernel", "sdpa", "flash_attn", "reference")
@@ -69,30 +70,37 @@ def attention(
     Source: Vaswani et al. (arXiv 1706.03762), eq. 1; the tangent follows by differentiation. The
     forward and backward passes in tiles: Dao et al. (arXiv 2205.14135).
     """
-    if pairs.is_pair(q, k, v):
-        operands = _for_products(*pairs.promote(q, k, v))
-        primals, tangents = pairs.split(*operands)
+    paired = pairs.is_pair(q, k, v)
+    if paired:
+        primals, tangents = pairs.split_promoted(q, k, v)
+        if dispatch.product_dtype(primals[0]) != primals[0].dtype:
+            primals, tangents = pairs.split(*_for_products(*pairs.join(primals, tangents)))
+        device = dispatch.plain_device(*primals, *[t for t in tangents if t is not None])
+        operands = None
     else:
-        dispatch.check_tensors(q=q, k=k, v=v)
+        device = dispatch.plain_device(q, k, v)
+        if device is None:
+            dispatch.check_tensors(q=q, k=k, v=v)
         operands = _for_products(*dispatch.promote(q, k, v))
         primals, tangents = dispatch.split_tangents(*operands)
     scale = 1 / math.sqrt(primals[0].shape[-1]) if scale is None else float(scale)
     _check(*primals, backend)
     packing = _packing(*primals[:2], cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
-    source = _choose(primals, tangents, packing, backend)
+    source = _choose(device, primals, tangents, packing, backend)
     if source == "reference":
         offsets = () if packing is None else packing[:2]
+        operands = pairs.join(primals, tangents) if operands is None else operands
         out = pairs.lift(lambda q, k, v: attention_reference(q, k, v, scale, *offsets), *operands)
         return out if isinstance(out, Pair) else dispatch.drop_tangent_graph(out)
     if source != "pytorch":
-        out, t_out = _by_kernels(primals, tangents, packing, scale, source)
+        out, t_out = _by_kernels(device, primals, tangents, packing, scale, source)
     elif packing is None:
         out, t_out = _by_pytorch(primals, tangents, scale, backend)
     else:
         out, t_out = _each_sequence(primals, tangents, packing, scale, backend)
     if t_out is None:
         return out
-    return Pair(out, t_out) if pairs.is_pair(*operands) else dispatch.make_dual(out, t_out)
+    return Pair(out, t_out) if paired else dispatch.make_dual(out, t_out)
 
 
 def attention_reference(
@@ -189,13 +197,14 @@ def _packing(
 
 
 def _choose(
+    device: str | None,
     primals: tuple[Tensor, ...],
     tangents: tuple[Tensor | None, ...] | None,
     packing: Packing,
     backend: str,
 ) -> str:
     """Who computes: "reference"; "pytorch", with a tangent in tiles; or the source of the output
-    and its log-sum-exp from which our kernels go on."""
+    and its log-sum-exp from which our kernels go on. `device` is what `plain_device` says."""
     moving = tangents is not None
     if forward_ad._current_level >= 0 and dispatch.has_transform(
         TransformType.Vmap, TransformType.Grad
@@ -204,7 +213,10 @@ def _choose(
     if backend == "reference":
         return backend
     direction = "tangent" if moving else dispatch.direction_of(primals)
-    reason = dispatch.why_not("attention", *primals, direction=direction)
+    if device is None:
+        reason = dispatch.why_not("attention", *primals, direction=direction)
+    else:
+        reason = recall("attention", direction, device, primals[0].dtype).why_not(primals[0])
     source = backend
     if backend == "auto" and reason is not None:
         source = "sdpa"
@@ -227,17 +239,23 @@ def _choose(
 
 
 def _by_kernels(
+    device: str | None,
     primals: tuple[Tensor, ...],
     tangents: tuple[Tensor | None, ...] | None,
     packing: Packing,
     scale: float,
     source: str,
 ) -> tuple[Tensor, Tensor | None]:
-    longest = (primals[0].shape[1], primals[1].shape[1])
-    offsets = (None, None, *longest) if packing is None else packing
+    plain, dual = kernels.plain, kernels.dual
+    if packing is None:
+        offsets = (None, None, primals[0].shape[1], primals[1].shape[1])
+        if device is not None:  # the offsets of packed sequences were not looked at
+            plain, dual = plain.direct, dual.direct
+    else:
+        offsets = packing
     if tangents is None:
-        return kernels.plain(*primals, *offsets, scale, source)[0], None
-    out, _, t_out = kernels.dual(*primals, *tangents, *offsets, scale, source)
+        return plain(*primals, *offsets, scale, source)[0], None
+    out, _, t_out = dual(*primals, *tangents, *offsets, scale, source)
     return out, t_out
 
 

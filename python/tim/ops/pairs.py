@@ -19,8 +19,8 @@ from tim.ops import _dispatch as dispatch
 from tim.ops._dispatch import refuse_tangents
 
 __all__ = [
-    "Operand", "Pair", "add", "as_dual", "count", "each", "is_pair", "lift", "of_duals", "promote",
-    "refuse_tangents", "split", "subtract", "unbind",
+    "Operand", "Pair", "add", "as_dual", "count", "each", "is_pair", "join", "lift", "of_duals",
+    "promote", "refuse_tangents", "split", "split_promoted", "subtract", "unbind",
 ]  # fmt: skip
 
 
@@ -63,7 +63,10 @@ def as_dual(what: str, operand: Operand) -> Tensor:
 
 
 def is_pair(*operands: object) -> bool:
-    return any(isinstance(operand, Pair) for operand in operands)
+    for operand in operands:  # noqa: SIM110  a generator costs more than all of these
+        if isinstance(operand, Pair):
+            return True
+    return False
 
 
 def split(*operands: Operand) -> tuple[tuple[Tensor, ...], tuple[Tensor | None, ...]]:
@@ -71,35 +74,60 @@ def split(*operands: Operand) -> tuple[tuple[Tensor, ...], tuple[Tensor | None, 
 
     Raises ValueError when tangents differ in their number of samples.
     """
-    primals = tuple(x.primal if isinstance(x, Pair) else x for x in operands)
-    tangents = tuple(x.tangent if isinstance(x, Pair) else None for x in operands)
-    counts = {len(tangent) for tangent in tangents if tangent is not None}
-    if len(counts) > 1:
-        raise ValueError(f"tangents must be of the same samples, got {sorted(counts)} of them")
-    for primal, tangent in zip(primals, tangents, strict=True):
-        if tangent is not None and (
-            tangent.shape[1:] != primal.shape[1:] or len(tangent) > len(primal)
-        ):
+    primals, tangents, samples = [], [], None
+    for operand in operands:
+        if not isinstance(operand, Pair):
+            primals.append(operand)
+            tangents.append(None)
+            continue
+        primal, tangent = operand
+        primals.append(primal)
+        tangents.append(tangent)
+        shape, whole = tangent.shape, primal.shape
+        if shape != whole and (shape[1:] != whole[1:] or shape[0] > whole[0]):
             raise ValueError(
-                f"tangents must be those of the last samples of {list(primal.shape)}, "
-                f"got shape {list(tangent.shape)}"
+                f"tangents must be those of the last samples of {list(whole)}, "
+                f"got shape {list(shape)}"
             )
-    return primals, tangents
+        if samples is not None and shape[0] != samples:
+            counts = sorted({len(t) for t in tangents if t is not None})
+            raise ValueError(f"tangents must be of the same samples, got {counts} of them")
+        samples = shape[0]
+    return tuple(primals), tuple(tangents)
 
 
 def promote(*operands: Operand) -> tuple[Operand, ...]:
     """Operands in the common dtype of their primals."""
+    return join(*split_promoted(*operands))
+
+
+def split_promoted(
+    *operands: Operand,
+) -> tuple[tuple[Tensor, ...], tuple[Tensor | None, ...]]:
+    """As `split`, in the common dtype of the primals."""
     primals, tangents = split(*operands)
     promoted = dispatch.promote(*primals)
+    dtype = promoted[0].dtype
+    for tangent in tangents:
+        if tangent is not None and tangent.dtype != dtype:
+            return promoted, tuple(None if t is None else t.to(dtype) for t in tangents)
+    return promoted, tangents
+
+
+def join(primals: Sequence[Tensor], tangents: Sequence[Tensor | None]) -> tuple[Operand, ...]:
+    """The operands of which `split` made these."""
     return tuple(
-        primal if tangent is None else Pair(primal, tangent.to(primal.dtype))
-        for primal, tangent in zip(promoted, tangents, strict=True)
+        primal if tangent is None else Pair(primal, tangent)
+        for primal, tangent in zip(primals, tangents, strict=True)
     )
 
 
 def count(tangents: Sequence[Tensor | None]) -> int:
     """Samples that have tangents."""
-    return next(len(tangent) for tangent in tangents if tangent is not None)
+    for tangent in tangents:
+        if tangent is not None:
+            return tangent.shape[0]
+    raise ValueError("tangents must hold at least one tensor, got none")
 
 
 def each(function: Callable[[Tensor], Tensor], operand: Operand) -> Operand:

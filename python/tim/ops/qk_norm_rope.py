@@ -53,9 +53,10 @@ def qk_norm_rope(
 
 def _of_pair(qkv: Pair, others: tuple[Tensor, ...], eps: float) -> tuple[Pair, Pair, Pair]:
     dispatch.refuse_tangents("qk_norm_rope of a Pair", *others)
-    if dispatch.why_not("qk_norm_rope", qkv.primal, direction="tangent") is not None:
+    results = _QK_NORM_ROPE.beside((qkv.primal,), (qkv.tangent,), *others, eps)
+    if results is None:
         return pairs.lift(lambda qkv: qk_norm_rope_reference(qkv, *others, eps), qkv)
-    q, k, v, t_q, t_k, t_v = _QK_NORM_ROPE.pair(*qkv, *others, eps)
+    q, k, v, t_q, t_k, t_v = results
     return Pair(q, t_q), Pair(k, t_k), Pair(v, t_v)
 
 
@@ -97,8 +98,7 @@ def _check(qkv: Tensor, *tables: Tensor) -> str | None:
     if len(shape) != 5 or shape[2] != 3 or shape[4] % 2:
         raise ValueError(f"qkv must have shape [B, N, 3, H, D] with even D, got {list(shape)}")
     row, angles = shape[4:], (shape[1], shape[4])
-    expected = (row, row, row, row, angles, angles)
-    if any(table.shape != wanted for table, wanted in zip(tables, expected, strict=True)):
+    if [table.shape for table in tables] != [row, row, row, row, angles, angles]:
         for name, table in zip(_TABLES[:4], tables, strict=False):
             dispatch.check_shape(name, table, row, "[D]")
         for name, table in zip(_TABLES[4:], tables[4:], strict=True):
@@ -119,7 +119,7 @@ def _sizes(qkv: Tensor) -> tuple[int, int, int, int]:
 
 
 def _outputs(qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    q = qkv.new_empty(_sizes(qkv))
+    q = torch.empty(*_sizes(qkv), dtype=qkv.dtype, device=qkv.device)
     return q, torch.empty_like(q), torch.empty_like(q)
 
 
@@ -143,13 +143,13 @@ def _tangent(qkv: Tensor, t_qkv: Tensor, *others: object) -> tuple[Tensor, ...]:
     *tables, eps = others
     outputs, t_outputs = _outputs(qkv), _outputs(t_qkv)
     qkv, t_qkv, tables = _packed(qkv), _packed(t_qkv), [*map(dispatch.float32, tables)]
-    first = len(qkv) - len(t_qkv)
-    _run_forward(qkv[:first], tables, tuple(out[:first] for out in outputs), eps)
-    qkv = qkv[first:]
+    first, last = qkv.shape[0] - t_qkv.shape[0], outputs
+    if first:
+        _run_forward(qkv[:first], tables, tuple(out[:first] for out in outputs), eps)
+        qkv, last = qkv[first:], tuple(out[first:] for out in outputs)
     if qkv.numel():
-        arrays = (qkv, t_qkv, *tables, *(out[first:] for out in outputs), *t_outputs)
         dispatch.launch(
-            "qk_norm_rope_tangent", qkv, *arrays, *_sizes(qkv),
+            "qk_norm_rope_tangent", qkv, qkv, t_qkv, *tables, *last, *t_outputs, *_sizes(qkv),
             *qkv.stride()[:2], *t_qkv.stride()[:2], eps, dispatch.DTYPE_CODES[qkv.dtype],
         )  # fmt: skip
     return (*outputs, *t_outputs)

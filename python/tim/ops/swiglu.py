@@ -55,12 +55,12 @@ def swiglu_reference(gate: Tensor, up: Tensor) -> Tensor:
 
 
 def _swiglu_of_pairs(gate: Operand, up: Operand) -> Pair:
-    operands = pairs.promote(gate, up)
-    primals, tangents = pairs.split(*operands)
+    primals, tangents = pairs.split_promoted(gate, up)
     dispatch.check_shape("up", primals[1], primals[0].shape, "that of gate")
-    if dispatch.why_not("swiglu", *primals, direction="tangent") is not None:
-        return pairs.lift(swiglu_reference, *operands)
-    return Pair(*_SWIGLU.pair(*primals, *tangents))
+    results = _SWIGLU.beside(primals, tangents)
+    if results is None:
+        return pairs.lift(swiglu_reference, *pairs.join(primals, tangents))
+    return Pair(*results)
 
 
 def _operands(*tensors: Tensor | None) -> list[Tensor | int | None]:

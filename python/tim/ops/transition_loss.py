@@ -73,18 +73,14 @@ def transition_loss(
         time_weight = torch.ones(F.shape[0], device=F.device)
     data = torch.promote_types(F.dtype, x.dtype) if x.dtype != F.dtype else F.dtype
     data = torch.promote_types(data, z.dtype) if z.dtype != data else data
+    if x.dtype != data or z.dtype != data:
+        x, z = x.to(data), z.to(data)
+    terms = [t if t is None or t.dtype == F.dtype else t.to(F.dtype) for t in terms]
     constants = (x, z, coefficients, *terms, time_weight)
     if device is None or torch._C._any_requires_grad(*constants):  # dynamo cannot ask
         constants = [None if tensor is None else tensor.detach() for tensor in constants]
-    x, z, coefficients, *terms, time_weight = constants
-    terms = [_to(term, F.dtype) for term in terms]
-    inputs = (F, _to(x, data), _to(z, data), coefficients, *terms, time_weight)
     epsilon = 0.0 if terms[1] is None else epsilon
-    return TransitionLossTerms(*_TRANSITION_LOSS(device, *inputs, epsilon, cosine))
-
-
-def _to(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    return tensor if tensor is None or tensor.dtype == dtype else tensor.to(dtype)
+    return TransitionLossTerms(*_TRANSITION_LOSS(device, F, *constants, epsilon, cosine))
 
 
 def _no_kernel_for(F: Tensor, x: Tensor, *_: object) -> str | None:
@@ -136,7 +132,7 @@ def _check(F, x, z, coefficients, terms, epsilon, time_weight) -> str | None:
     if len(shape) != 4:
         raise ValueError(f"F must have shape [B, C, H, W], got {list(shape)}")
     for name, tensor in (("x", x), ("z", z), ("F_cond", cond), ("F_null", null)):
-        if tensor is not None:
+        if tensor is not None and tensor.shape != shape:
             dispatch.check_shape(name, tensor, shape, "[B, C, H, W]")
     dispatch.check_shape("coefficients", coefficients, (shape[0], 5), "[B, 5]")
     if time_weight is not None:
@@ -221,7 +217,8 @@ def _forward(
     ]
     table, time_weight = _six_columns(coefficients, epsilon), dispatch.float32(time_weight)
     target = dispatch.empty_like(x)
-    loss, denoising, weight = (torch.empty_like(time_weight) for _ in range(3))
+    loss, denoising = torch.empty_like(time_weight), torch.empty_like(time_weight)
+    weight = torch.empty_like(time_weight)
     if F.numel():
         outputs = (target, loss, denoising, weight)
         dispatch.launch(
