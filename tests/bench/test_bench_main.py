@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from tim.bench import cases, main, measure, step
+from tim.bench import cases, main, measure, step, summary
 from tim.bench.cases import Size
 from tim.bench.step import StepSize
 from tim.models import TiM, TiMConfig
@@ -54,6 +54,29 @@ def test_a_run_writes_what_it_shows(tmp_path, capsys) -> None:
         assert row["residence"] in (*result["machine"]["caches"], "memory")
     shown = capsys.readouterr().out
     assert "swiglu" in shown and "of copy" in shown
+
+
+def test_the_overhead_of_every_operation_is_measured_on_a_few_elements(tmp_path, capsys) -> None:
+    path = tmp_path / "result.json"
+    assert main(["overhead", "--json", str(path), *QUICK]) == 0
+    result = json.loads(path.read_text())
+    assert [(row["benchmark"], row["direction"]) for row in result["rows"]] == [
+        (operation.name, direction)
+        for operation in cases.OPERATIONS
+        for direction in operation.directions
+    ]
+    for row in result["rows"]:
+        assert (row["size"], row["dtype"]) == ("few", "float32")
+        assert row["candidates"]["tim"]["times"]["median"] > 0
+    for operation in cases.OPERATIONS:
+        inputs = operation.inputs(cases.FEW, lambda *shape, wide=False: torch.empty(shape))
+        assert max(tensor.numel() for tensor in inputs) <= 96
+    capsys.readouterr()
+    summary.show(result)
+    assert capsys.readouterr().out == "", "they are no speeds of operations"
+    assert main(["overhead", "--directions", "tangent", "--json", str(path), *QUICK]) == 0
+    directions = {row["direction"] for row in json.loads(path.read_text())["rows"]}
+    assert directions == {"tangent"}
 
 
 def test_options_choose_what_runs(tmp_path) -> None:

@@ -64,6 +64,8 @@ _HEADS = {
     "cpu": {64: 64, 256: 16, 1024: 4, 4096: 1, 16384: 1},
     "cuda": dict.fromkeys((64, 256, 1024, 4096, 16384), 16),
 }
+#: A few elements: what is timed is the way from Python to the kernel.
+FEW = Size("few", 1, 2, 2, 8, 16, (2, 2, 2), 1)
 #: Sequence lengths and head widths beyond those of the models, for attention alone.
 ATTENTION_SIZES: dict[str, tuple[Size, ...]] = {
     device: tuple(

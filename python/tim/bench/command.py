@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from tim.bench import machine, report, table
-from tim.bench.cases import DIRECTIONS, OPERATIONS, operations_of
+from tim.bench.cases import DIRECTIONS, FEW, OPERATIONS, Operation, Size, operations_of
 from tim.bench.measure import Rivals, Settings, measure
 from tim.bench.parser import Parser
 from tim.bench.report import Row
@@ -60,6 +60,7 @@ def main(
     device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if device.type == "cpu":
         torch.set_num_threads(options.threads)
+    kept = device.type == "cpu" and machine.keep_freed_memory()
     try:
         cases = _cases(options, Settings(device, options.seconds, options.compile), peers, rivals)
     except ValueError as error:
@@ -70,6 +71,7 @@ def main(
             "command": " ".join(["tim bench", *arguments]),
             "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
             "seconds": options.seconds,
+            "malloc": "keeps freed memory" if kept else "as it comes",
             "limits": machine.limits(device, dtypes, options.seconds),
             "failures": [],
         }
@@ -104,6 +106,8 @@ def _cases(
         for case in (
             _networks(name, options, settings, peers)
             if name in ("step", "sampling", "derivative")
+            else _overhead(options, settings)
+            if name == "overhead"
             else _operations(name, options, settings, rivals)
         )
     ]
@@ -128,11 +132,27 @@ def _operations(
             sizes, options.dtypes or _DEFAULT_DTYPES[kind], operation.directions
         ):
             if direction in options.directions:
-                make = functools.partial(
-                    measure, operation, size, DTYPES[dtype], direction, settings, rivals
-                )
-                name = f"{operation.name} {size.name} {dtype} {direction}"
-                yield Case(name, size.name, dtype, make)
+                yield _case(operation, size, dtype, direction, settings, rivals)
+
+
+def _overhead(options: argparse.Namespace, settings: Settings) -> Iterator[Case]:
+    """Every operation on so few elements that a call is nothing but its overhead."""
+    for operation, dtype in itertools.product(OPERATIONS, options.dtypes or ("float32",)):
+        for direction in operation.directions:
+            if direction in options.directions:
+                yield _case(operation, FEW, dtype, direction, settings)
+
+
+def _case(
+    operation: Operation,
+    size: Size,
+    dtype: str,
+    direction: str,
+    settings: Settings,
+    rivals: Rivals | None = None,
+) -> Case:
+    make = functools.partial(measure, operation, size, DTYPES[dtype], direction, settings, rivals)
+    return Case(f"{operation.name} {size.name} {dtype} {direction}", size.name, dtype, make)
 
 
 def _networks(
@@ -187,7 +207,7 @@ def _parser() -> argparse.ArgumentParser:
         "names",
         nargs="*",
         metavar="NAME",
-        help=f"{', '.join(OPERATION_NAMES)} (all of these), step, derivative, sampling, "
+        help=f"{', '.join(OPERATION_NAMES)} (all of these), overhead, step, derivative, sampling, "
         "or launches",
     )
     add("--device", choices=("cpu", "cuda"), help="cuda where there is one")

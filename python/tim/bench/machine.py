@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import platform
 import shutil
@@ -43,6 +44,23 @@ def describe(device: torch.device) -> dict[str, object]:
             "gpu_state": gpu_state(),
         }
     return facts
+
+
+def keep_freed_memory() -> bool:
+    """Let malloc keep what tensors give back, up to 32 MiB each.
+
+    glibc returns the end of its heap to the system, and whether a result lies there depends on the
+    calls before. Fetching it again costs a page fault for each 4 KiB, which would be most of the
+    time of some calls, whoever makes them.
+
+    False where the C library knows no such thing.
+    """
+    try:
+        tune = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):
+        return False
+    trim_threshold, mmap_threshold = -1, -3
+    return bool(tune(trim_threshold, 1 << 30) and tune(mmap_threshold, 1 << 25))
 
 
 def limits(

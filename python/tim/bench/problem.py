@@ -59,6 +59,8 @@ class Problem:
                 return self._backward(function)
         if compiled:
             return lambda: function(self.inputs, self.tangents)
+        if function is self.operation.op:
+            return self._tangent_of_pairs
         return lambda: self._tangent(function)
 
     def _backward(self, function: Callable) -> Callable[[], Sequence[Tensor]]:
@@ -74,6 +76,15 @@ class Problem:
             for out in outputs
         ]
         return lambda: torch.autograd.grad(outputs, leaves, gradients, retain_graph=True)
+
+    def _tangent_of_pairs(self) -> Sequence[Tensor]:
+        """As our network calls its operations: with tangents beside values."""
+        inputs: list[ops.Operand] = list(self.inputs)
+        for i, tangent in zip(self.operation.with_tangent, self.tangents, strict=True):
+            inputs[i] = ops.Pair(inputs[i], tangent)
+        outputs = self.operation.op(*inputs)
+        results = [outputs] if isinstance(outputs, ops.Pair) else outputs
+        return (*(pair.primal for pair in results), *(pair.tangent for pair in results))
 
     def _tangent(self, function: Callable) -> Sequence[Tensor]:
         # Dual numbers and not func.jvp: a network enters that once for all of its operations.

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from tim.bench import report, table
+from tim.bench.cases import FEW
 
 _HEADINGS = (
     "operation", "direction", "dtype", "sizes", "over reference", "over compile", "of copy",
@@ -33,7 +34,7 @@ def show(result: dict) -> None:
     """Print the short table of a result document."""
     groups: dict[tuple, list[dict]] = {}
     for row in result["rows"]:
-        if row["direction"] != "step":
+        if row["direction"] != "step" and row["size"] != FEW.name:
             key = row["benchmark"], row["direction"], row["dtype"]
             groups.setdefault(key, []).append(row)
     if groups:
