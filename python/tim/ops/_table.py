@@ -94,8 +94,8 @@ LIMITS: tuple[Rule, ...] = (
     Rule("attention", "cuda", "the kernel takes bfloat16 and float16", dtypes=(torch.float32,)),
     Rule("qk_norm_rope", "cuda", "the kernel takes rows of up to 256", width=(257, None)),
 )
-#: Calls that a kernel was measured to be slower for. On a CPU with the kernels of this version
-#: there are none: see MEASURED. On a GPU nothing has been measured yet.
+#: Calls that a kernel was measured to be slower for. On a CPU there are none: every row in the file
+#: of MEASURED is faster than PyTorch, eager and compiled. On a GPU nothing has been measured yet.
 SLOWER: tuple[Rule, ...] = ()
 
 
