@@ -39,3 +39,13 @@ def test_files_and_headings_that_a_page_names_exist(page):
         assert path.exists(), target
         headings = re.findall(r"^#+ (.+)$", path.read_text(), re.MULTILINE) if anchor else []
         assert not anchor or anchor in {h.lower().replace(" ", "-") for h in headings}, target
+
+
+def test_every_fault_of_the_table_is_a_test():
+    table = (DOCS / "distributed.md").read_text().partition("## Faults")[2].partition("## From")[0]
+    faults = (DOCS.parent / "tests/distributed/test_faults.py").read_text()
+    rows = [row for row in table.splitlines() if row.startswith("| ") and "---" not in row][1:]
+    assert len(rows) >= 9
+    for row in rows:
+        (first, *_) = re.findall(r"`(test_\w+)`", row)
+        assert f"def {first}(" in faults, row
