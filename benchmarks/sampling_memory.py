@@ -1,16 +1,19 @@
 """Memory and time of one sampling step on images of any size, each in a process of its own.
 
-python benchmarks/sampling_memory.py [--network NAME] [--pixels 512,1024,...] [--dtype NAME]
-    [--steps N] [--threads N] [--json FILE]
+python benchmarks/sampling_memory.py [--network NAME] [--depth N] [--pixels 512,1024,...]
+    [--dtype NAME] [--steps N] [--threads N] [--json FILE]
 
 Weights are random and pictures are not decoded. On a CPU memory is the growth of the process's
 largest resident set from the loaded weights to the end of the step; on a GPU that of the caching
 allocator. It holds what sampling needs beside the weights, which are counted apart.
+Blocks run one after the other in the same memory, so with `--depth` a machine that is too slow for
+the whole network can measure it on the first blocks.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import resource
 import subprocess
@@ -28,8 +31,14 @@ from tim.models.sizes import ARCHITECTURES
 FACTORS = {4: 8, 32: 32}
 
 
-def measure(network: str, pixels: int, dtype: torch.dtype, steps: int) -> dict[str, object]:
+def measure(
+    network: str, depth: int | None, pixels: int, dtype: torch.dtype, steps: int
+) -> dict[str, object]:
     config = ARCHITECTURES[network]
+    depth = depth or config.depth
+    config = dataclasses.replace(
+        config, depth=depth, encoder_depth=min(depth, config.encoder_depth)
+    )
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(0)
     with torch.device("meta"):
@@ -54,6 +63,7 @@ def measure(network: str, pixels: int, dtype: torch.dtype, steps: int) -> dict[s
     assert out.isfinite().all() and out.shape == noise.shape
     return {
         "network": network,
+        "depth": depth,
         "dtype": str(dtype).removeprefix("torch."),
         "device": device.type,
         "pixels": pixels,
@@ -74,6 +84,7 @@ def peak(device: torch.device) -> int:
 def main() -> int:
     parser = argparse.ArgumentParser()
     parser.add_argument("--network", choices=ARCHITECTURES, default="tim-xl1-512")
+    parser.add_argument("--depth", type=int)
     parser.add_argument("--pixels", default="512,1024,2048,4096")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     parser.add_argument("--steps", type=int, default=1)
@@ -85,17 +96,20 @@ def main() -> int:
     sizes = [int(size) for size in options.pixels.split(",")]
     if options.one:
         dtype = getattr(torch, options.dtype)
-        print(json.dumps(measure(options.network, sizes[0], dtype, options.steps)))
+        print(json.dumps(measure(options.network, options.depth, sizes[0], dtype, options.steps)))
         return 0
     rows = []
     for size in sizes:
         arguments = [f"--network={options.network}", f"--pixels={size}", f"--dtype={options.dtype}",
                      f"--steps={options.steps}", f"--threads={options.threads}"]  # fmt: skip
+        if options.depth:
+            arguments.append(f"--depth={options.depth}")
         command = [sys.executable, __file__, "--one", *arguments]
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
         rows.append(row := json.loads(done.stdout))
         print(
-            f"{row['network']} {row['dtype']} {size} x {size}: {row['tokens']} tokens, "
+            f"{row['network']}, depth {row['depth']}, {row['dtype']}, "
+            f"{size} x {size}: {row['tokens']} tokens, "
             f"{row['seconds']:.1f} s, {row['memory'] / 2**20:.0f} MiB beside "
             f"{row['weights'] / 2**20:.0f} MiB of weights",
             flush=True,
