@@ -31,6 +31,18 @@ def test_the_example_of_attention_runs():
     assert packed[1].abs().max() > 0
 
 
+def test_the_example_of_packed_batches_runs():
+    page = (DOCS / "native_resolution.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    names: dict = {}
+    exec(code, names)
+    shapes = [image.shape for image in names["x"]]
+    assert len(set(shapes)) == 3
+    for result in ("F", "dF", "pictures"):
+        assert [image.shape for image in names[result]] == shapes, result
+    assert names["out"].loss.isfinite()
+
+
 @pytest.mark.parametrize("page", sorted(DOCS.glob("*.md")), ids=lambda page: page.name)
 def test_files_and_headings_that_a_page_names_exist(page):
     for target in re.findall(r"\]\((?!http)([^)]+)\)", page.read_text()):

@@ -78,12 +78,13 @@ def check(
             features = encoder(batch.x.to(device), batch.y)
     if features is None:
         return
-    tokens = batch.x.shape[2] * batch.x.shape[3] // model.patch_size**2
+    height, width = batch.x[0].shape[1:]
+    tokens = height * width // model.patch_size**2
     expected = (tokens, model.z_dim)
-    if tuple(features.shape[1:]) != expected:
+    if tuple(features[0].shape) != expected:
         raise ValueError(
             f"features must have shape [N, model.z_dim] = {list(expected)} for {tokens} tokens, "
-            f"got {list(features.shape[1:])}"
+            f"got {list(features[0].shape)}"
         )
 
 
@@ -94,5 +95,8 @@ def shown(config: RunConfig, dataset: Dataset) -> list[int] | list[str]:
         return [i % config.model.num_classes for i in range(columns)]
     if config.sample.prompts:
         return list(config.sample.prompts)
-    first = np.arange(columns) % len(dataset)
+    one_size = np.arange(len(dataset))
+    if len(dataset.sizes) > 1:
+        one_size = np.flatnonzero(dataset.size_of == dataset.size_of[0])
+    first = np.resize(one_size, columns)
     return list(dataset.batch(first, np.random.default_rng(0)).y)

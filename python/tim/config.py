@@ -158,6 +158,9 @@ class DataConfig:
     escape: bool = True
     """Write characters outside ASCII in captions as backslash escapes, as the released text model
     has them."""
+    pack: bool = False
+    """Put images of different sizes into one batch, as one sequence without padding (shards of tim
+    encode). By default a batch is of images of one size."""
     vae: str | None = None
     """Autoencoder of the latents, for tim sample; by default the one of tim encode."""
     features: str | None = None
@@ -170,6 +173,8 @@ class DataConfig:
         _check(self, "data", image_size=1, workers=1, cache_gb=0, max_tokens=1)
         if not 0 <= self.flip <= 1:
             raise ValueError(f"data.flip must be in [0, 1], got {self.flip}")
+        if self.pack and self.kind != "latents":
+            raise ValueError(f"data.pack needs data.kind latents, got {self.kind}")
 
 
 @dataclass(frozen=True)

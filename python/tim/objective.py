@@ -273,12 +273,22 @@ class TransitionLoss:
         image.
         """
         like = images.first(x)
-        batch, dtype = len(x), torch.promote_types(like.dtype, torch.float32)
+        return self.shift_times(x, *self.draw_unshifted(len(x), like.dtype, like.device))
+
+    def shift_times(self, x: Images, t: Tensor, r: Tensor) -> tuple[Tensor, Tensor]:
+        """Times of `draw_unshifted` for the sizes of x; as they are without `shift_base`."""
+        if self.shift_base is None:
+            return t, r
+        shift = resolution_shifts(x, self.shift_base, t.dtype)
+        return shift_within(self.transport, t, shift), shift_within(self.transport, r, shift)
+
+    def draw_unshifted(
+        self, batch: int, dtype: torch.dtype, device: torch.device
+    ) -> tuple[Tensor, Tensor]:
+        """`draw_times` before the shift for the resolution, which keeps their order."""
+        dtype = torch.promote_types(dtype, torch.float32)
         n = round(self.diffusion_ratio * batch)
-        a, b = (self.transport.sample_t(batch, device=like.device, dtype=dtype) for _ in range(2))
-        if self.shift_base is not None:
-            shift = resolution_shifts(x, self.shift_base, dtype)
-            a, b = (shift_within(self.transport, t, shift) for t in (a, b))
+        a, b = (self.transport.sample_t(batch, device=device, dtype=dtype) for _ in range(2))
         t, r = torch.maximum(a, b), torch.minimum(a, b)
         last = min(round(self.consistency_ratio * batch), batch - n)
         consistency = torch.full_like(r[:last], self.transport.T_min)

@@ -5,6 +5,7 @@ Needs the packages of the extra `t2i`.
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -202,6 +203,26 @@ class TiMPipeline(DiffusionPipeline):
         if self.vae is None:
             raise ValueError("there is no vae to tile: the network models pixels")
         enable_tiling(self.vae, size)
+
+    def set_rope(
+        self, scaling: str, *, train_size: int | None = None, decouple: bool = False
+    ) -> None:
+        """Change the positions of pictures larger than those trained on, see `tim.models.rope`.
+
+        Args:
+            scaling: "none", "linear", "ntk-aware", "ntk-by-parts" or "yarn".
+            train_size: tokens of the training images along a side. None: of square ones of the
+                network's input_size.
+            decouple: scale each axis by its own side.
+        """
+        config = dataclasses.replace(
+            self.network.config,
+            rope_scaling=scaling,
+            rope_train_size=train_size,
+            rope_decouple=decouple,
+        )
+        self.network.config = config
+        self.transformer.register_to_config(architecture=config.to_dict())
 
     def encode_prompt(
         self, prompt: Sequence[str], negative_prompt: Sequence[str] | None = None

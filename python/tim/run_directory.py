@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
+import numpy as np
+
 from tim.config import RunConfig, differences
 from tim.data import Dataset
 from tim.data.latents import LatentShards
@@ -43,7 +45,11 @@ def fit_to_data(config: RunConfig, dataset: Dataset) -> RunConfig:
     """
     model, data = config.model, config.data
     expected = (model.in_channels, model.input_size, model.input_size)
-    if dataset.shape != expected:
+    if dataset.packed and config.train.cuda_graph:
+        raise ValueError("train.cuda_graph needs batches of one size, got data.pack")
+    if len(dataset.sizes) > 1:
+        _check_sizes(config, dataset)
+    elif dataset.shape != expected:
         raise ValueError(
             "the data must have shape [C, H, W] = [model.in_channels, model.input_size, "
             f"model.input_size] = {list(expected)}, got {list(dataset.shape)}"
@@ -56,3 +62,22 @@ def fit_to_data(config: RunConfig, dataset: Dataset) -> RunConfig:
         classes = max(model.num_classes, dataset.num_classes)
         model = dataclasses.replace(model, num_classes=classes)
     return dataclasses.replace(config, model=model, data=data)
+
+
+def _check_sizes(config: RunConfig, dataset: Dataset) -> None:
+    """ValueError when the model cannot take the sizes of the data set."""
+    patch = config.model.patch_size
+    if config.train.cuda_graph:
+        raise ValueError("train.cuda_graph needs data of one size, got several sizes")
+    for height, width in dataset.sizes:
+        if height % patch or width % patch:
+            raise ValueError(
+                f"the data must have heights and widths that are multiples of model.patch_size "
+                f"{patch}, got {height} x {width}: give --patch-size {patch} to tim encode"
+            )
+    channels = dataset.batch(np.zeros(1, int), np.random.default_rng(0)).x[0].shape[0]
+    if channels != config.model.in_channels:
+        raise ValueError(
+            f"the data must have model.in_channels = {config.model.in_channels} channels, "
+            f"got {channels}"
+        )

@@ -18,10 +18,12 @@ import torch
 from torch import Tensor
 from torch.autograd.profiler import record_function
 
+from tim import images
 from tim.config import RunConfig, TrainConfig
 from tim.data import Batch
 from tim.ema import EMA, ema_weight
 from tim.graphs import Replayed, copied_into
+from tim.images import Images
 from tim.models import TiM
 from tim.objective import TransitionLoss
 from tim.parallel import Spread, World
@@ -38,14 +40,14 @@ WHOLE = "step"
 class Inputs(NamedTuple):
     """What one part of a step works on, all on the device."""
 
-    x: Tensor
-    z: Tensor
+    x: Images
+    z: Images
     y: Tensor  #: labels or features of captions, some of them dropped
     y_guidance: Tensor  #: labels or features as they were
     null: Tensor  #: null labels, or features of the empty caption
     t: Tensor
     r: Tensor
-    features: Tensor | None
+    features: Images | None
 
 
 class TrainingStep:
@@ -153,7 +155,8 @@ class TrainingStep:
 
     def _draw(self, piece: Batch, step: int, part: int) -> Inputs:
         # All draws of this part follow from this seed.
-        torch.manual_seed(_seed(self.config.train.seed, step, part))
+        seed = (self.config.train.seed, step, part)
+        torch.manual_seed(_seed(*seed))
         x, features = (None if v is None else self._to_device(v) for v in (piece.x, piece.features))
         y, null = self._conditions(piece.y)
         if features is None and self.encoder is not None:
@@ -161,12 +164,29 @@ class TrainingStep:
                 features = self.encoder(x, y)
         # Drawn for the images of all ranks, so that it does not matter how many they are. Not
         # randn_like, which draws in the order of x's strides.
-        batch = len(y) * self.spread.world.size
-        z = torch.randn((batch, *x.shape[1:]), dtype=x.dtype, device=x.device)
+        batch, packed = len(y) * self.spread.world.size, images.is_packed(x)
+        if packed:
+            z = self._packed_noise(x, batch, seed)
+        else:
+            z = torch.randn((batch, *x.shape[1:]), dtype=x.dtype, device=x.device)
         dropped = torch.rand(batch, device=self.device) < self.config.model.class_dropout_prob
-        z, dropped, t, r = map(self.spread.mine, (z, dropped, *self.loss.draw_times(z)))
+        if packed:
+            times = self.loss.draw_unshifted(batch, x[0].dtype, x[0].device)
+            dropped, *times = map(self.spread.mine, (dropped, *times))
+            t, r = self.loss.shift_times(x, *times)
+        else:
+            z, dropped, t, r = map(self.spread.mine, (z, dropped, *self.loss.draw_times(z)))
         dropped = dropped.view(-1, *[1] * (y.dim() - 1))
         return Inputs(x, z, torch.where(dropped, null, y), y, null, t, r, features)
+
+    def _packed_noise(self, x: list[Tensor], batch: int, seed: tuple[int, ...]) -> list[Tensor]:
+        """Noise of each image from a seed of its own: the sizes of other ranks' are not known."""
+        noise = []
+        for image, number in zip(x, self.spread.mine(torch.arange(batch)).tolist(), strict=True):
+            generator = torch.Generator(image.device).manual_seed(_seed(*seed, number))
+            options = {"dtype": image.dtype, "device": image.device, "generator": generator}
+            noise.append(torch.randn(image.shape, **options))
+        return noise
 
     def _conditions(self, y: Tensor | list[str]) -> tuple[Tensor, Tensor]:
         """Labels, or features of captions, and their null condition."""
@@ -180,7 +200,9 @@ class TrainingStep:
         (longest,) = self.spread.world.largest(self.text.longest(y))
         return self.text.with_null(y, int(longest))
 
-    def _to_device(self, tensor: Tensor) -> Tensor:
+    def _to_device(self, tensor: Images) -> Images:
+        if images.is_packed(tensor):
+            return [self._to_device(image) for image in tensor]
         if self.device.type != "cuda" or tensor.is_cuda:
             return tensor.to(self.device)
         # A copy from pageable memory waits for all that the device has still to do.

@@ -26,7 +26,7 @@ from tim.checkpoint import (
     set_random_states,
 )
 from tim.config import RunConfig
-from tim.data import Batch, BatchOrder, Dataset, batches, build_dataset
+from tim.data import Batch, Dataset, batches, build_dataset, make_order
 from tim.ema import EMA
 from tim.graphs import check_device
 from tim.grid import image_grid, pixels_of, save_picture
@@ -112,7 +112,7 @@ class Trainer:
         )
         self.parameters = self.training_step.parameters
         self.optimizer = self.training_step.optimizer
-        self.order = BatchOrder(len(self.dataset), train.batch_size, train.seed)
+        self.order = make_order(self.dataset, train.batch_size, train.seed)
         self.step = 0
         self.skipped = self.bad_in_row = 0
         #: What was wrong with newer checkpoints than the one restored.

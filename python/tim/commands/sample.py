@@ -64,6 +64,10 @@ class Sample:
     """Autoencoder of a network on latents: a folder or hub id of diffusers."""
     text_encoder: str | None = None
     """Text encoder of a text model: a folder or hub id of transformers."""
+    rope: Literal["none", "linear", "ntk-aware", "ntk-by-parts", "yarn"] | None = None
+    """Positions of pictures larger than those trained on; by default as the network has them."""
+    rope_train_size: int | None = None
+    """Tokens of the training images along a side, for --rope."""
     tile: int | None = None
     """Decode pictures larger than this in tiles of this side; by default 2048 for autoencoders of
     factor 32 and 1024 for others."""
@@ -110,7 +114,14 @@ def parse_size(text: str | None) -> tuple[int, int] | None:
 
 def _is_plain(command: Sample, config: RunConfig) -> bool:
     """Whether the run models pixels by class, so that nothing but the network is needed."""
-    asked = (command.prompt, command.size, command.vae, command.text_encoder, command.shift)
+    asked = (
+        command.prompt,
+        command.size,
+        command.vae,
+        command.text_encoder,
+        command.shift,
+        command.rope,
+    )
     return (
         config.model.in_channels in (1, 3)
         and config.model.num_classes is not None
@@ -165,6 +176,8 @@ def _rows_of_pipeline(
         text_encoder=command.text_encoder,
     )
     condition = _condition(command, settings, pipe)
+    if command.rope is not None:
+        pipe.set_rope(command.rope, train_size=command.rope_train_size)
     width, height = size or (None, None)
     if pipe.vae is not None:
         pipe.enable_vae_tiling(command.tile)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tim.data.dataset import ArrayDataset, Batch, Dataset, to_float, to_uint8
-from tim.data.order import BatchOrder, batches
+from tim.data.order import BatchOrder, batches, make_order
 
 if TYPE_CHECKING:
     from tim.config import DataConfig
@@ -21,6 +21,7 @@ __all__ = [
     "Dataset",
     "batches",
     "build_dataset",
+    "make_order",
     "to_float",
     "to_uint8",
 ]
@@ -51,7 +52,7 @@ def build_dataset(config: DataConfig, split: str = "train") -> Dataset:
     if config.kind == "latents":
         from tim.data.latents import open_latents
 
-        return open_latents(config.path, config.flip)
+        return open_latents(config.path, config.flip, config.pack)
     if config.captions or any(Path(config.path).glob("*.tar")) or config.path.endswith(".tar"):
         from tim.data.images import ImageDataset
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple, TypeAlias
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from tim.images import Images
 
 #: Which images of a batch are wanted, as an index of an array.
 Rows: TypeAlias = np.ndarray | slice
@@ -15,11 +18,14 @@ EVERY_ROW = slice(None)
 
 class Batch(NamedTuple):
     """Model input `x` [B, C, H, W] float32, labels `y` [B] int64 or a list of captions, and for
-    the projection loss features [B, N, z_dim] of an image encoder, or None."""
+    the projection loss features [B, N, z_dim] of an image encoder, or None.
 
-    x: Tensor
+    Packed batches have lists of [C, H_i, W_i] and [N_i, z_dim].
+    """
+
+    x: Images
     y: Tensor | list[str]
-    features: Tensor | None = None
+    features: Images | None = None
 
 
 class Dataset:
@@ -37,6 +43,12 @@ class Dataset:
     captioned: bool = False
     #: Whether batches bring features.
     has_features: bool = False
+    #: Heights and widths that occur, and which of them each image [N] has, where there are several;
+    #: `shape` cannot be asked for then, and a batch is of images of one size unless `packed`.
+    sizes: Sequence[tuple[int, int]] = ()
+    size_of: np.ndarray | None = None
+    #: Whether batches are packed: lists of images of any sizes.
+    packed: bool = False
 
     def __len__(self) -> int:
         raise NotImplementedError

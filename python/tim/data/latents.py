@@ -17,15 +17,20 @@ from tim.data.shards import INDEX_FILE, Index, read_about, shard_path
 EVERY_ROW = slice(None)
 
 
-def open_latents(path: str | Path, flip: float = 0.5) -> Dataset:
+def open_latents(path: str | Path, flip: float = 0.5, packed: bool = False) -> Dataset:
     """The latents in a folder: shards of `tim encode`, or one .safetensors file for each image.
 
-    Raises FileNotFoundError for a path that is no folder, ValueError for anything else in it.
+    Raises FileNotFoundError for a path that is no folder, ValueError for anything else in it, or
+    when files for each image, which are of one size, are to be packed.
     """
     path = Path(path)
     if not path.is_dir():
         raise FileNotFoundError(f"data.path: {path} is not a folder")
-    return LatentShards(path, flip) if (path / INDEX_FILE).is_file() else LatentFiles(path, flip)
+    if (path / INDEX_FILE).is_file():
+        return LatentShards(path, flip, packed)
+    if packed:
+        raise ValueError(f"data.pack needs shards of tim encode, got other files in {path}")
+    return LatentFiles(path, flip)
 
 
 class LatentShards(Dataset):
@@ -33,6 +38,8 @@ class LatentShards(Dataset):
 
     Of each image the mirrored latents are taken with probability `flip`. Labels, or captions, of
     which one is drawn, and features come with them.
+
+    Batches are of images of one size, or `packed`, lists of any sizes.
 
     Attributes:
         index: what they were encoded with.
@@ -44,8 +51,8 @@ class LatentShards(Dataset):
 
     prefetch = 2
 
-    def __init__(self, path: str | Path, flip: float = 0.5) -> None:
-        self.path, self.flip = Path(path), flip
+    def __init__(self, path: str | Path, flip: float = 0.5, packed: bool = False) -> None:
+        self.path, self.flip, self.packed = Path(path), flip, packed
         self.index = Index.load(self.path)
         self.captioned = self.index.captions is not None
         self._files, self._captions = [], []
@@ -88,8 +95,8 @@ class LatentShards(Dataset):
     def batch(
         self, indices: np.ndarray, rng: np.random.Generator, rows: np.ndarray | slice = EVERY_ROW
     ) -> Batch:
-        """As `Dataset.batch`, of images of one size. Which caption and which mirror image is drawn
-        for all of `indices`, whatever the `rows` asked for."""
+        """As `Dataset.batch`, of images of one size unless `packed`. Which caption and which mirror
+        image is drawn for all of `indices`, whatever the `rows` asked for."""
         mirrored = (rng.random(len(indices)) < self.flip)[rows].astype(int)
         drawn = rng.random(len(indices))[rows]
         places = self._places[indices[rows]]
@@ -106,6 +113,8 @@ class LatentShards(Dataset):
             else:
                 conditions.append(int(file.get_slice(f"{name}.labels")[row : row + 1]))
         y = conditions if self.captioned else torch.tensor(conditions)
+        if self.packed:
+            return Batch(latents, y, features or None)
         return Batch(torch.stack(latents), y, torch.stack(features) if features else None)
 
     def _classes_of_labels(self) -> int:

@@ -8,6 +8,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
 
+from tim.data.bucket_order import BucketOrder
 from tim.data.dataset import Batch, Dataset
 
 
@@ -42,9 +43,17 @@ class BatchOrder:
         return np.concatenate(parts)
 
 
+def make_order(dataset: Dataset, batch_size: int, seed: int) -> BatchOrder | BucketOrder:
+    """The order of a data set's images: batches of one size each where there are several that are
+    not to be packed."""
+    if len(dataset.sizes) > 1 and not dataset.packed:
+        return BucketOrder(dataset.size_of, batch_size, seed)
+    return BatchOrder(len(dataset), batch_size, seed)
+
+
 def batches(
     dataset: Dataset,
-    order: BatchOrder,
+    order: BatchOrder | BucketOrder,
     start: int,
     stop: int,
     rows: np.ndarray | None = None,
