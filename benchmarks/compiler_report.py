@@ -1,59 +1,104 @@
 """Registers and spills of every CUDA kernel, as ptxas reports them; fails when one spills.
 
-python benchmarks/compiler_report.py [--arch sm_90a] [FILE.cu ...]
+python benchmarks/compiler_report.py [--arch sm_80,sm_90a,sm_100] [--json FILE] [FILE.cu ...]
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+import os
 import re
 import shutil
 import subprocess
 import sys
+import tempfile
+from datetime import datetime, timezone
 from pathlib import Path
 
 SOURCES = Path(__file__).parents[1] / "csrc" / "cuda"
 REPORT = re.compile(
-    r"Function properties for (\S+)\n.*? (\d+) bytes spill stores.*?\n.*?Used (\d+) registers"
+    r"Function properties for (?P<name>\S+)\n"
+    r"\s*(?P<stack>\d+) bytes stack frame, (?P<spill_stores>\d+) bytes spill stores, "
+    r"(?P<spill_loads>\d+) bytes spill loads\n"
+    r".*?Used (?P<registers>\d+) registers, used (?P<barriers>\d+) barriers"
+    r"(?:, (?P<shared>\d+) bytes smem)?"
 )
+NUMBERS = ("registers", "stack", "spill_stores", "spill_loads", "barriers", "shared")
 
 
-def report(nvcc: str, source: Path, arch: str) -> list[tuple[str, int, int]]:
-    """(kernel, registers, bytes of spill stores) of one file."""
+def parse(output: str) -> list[dict]:
+    """One entry for each kernel that ptxas tells of; bytes, but for registers and barriers."""
+    found = (match.groupdict() for match in REPORT.finditer(output))
+    return [
+        {"kernel": kernel["name"], **{name: int(kernel[name] or 0) for name in NUMBERS}}
+        for kernel in found
+    ]
+
+
+def report(nvcc: str, source: Path, arch: str) -> list[dict]:
+    """The kernels of one file."""
     command = [nvcc, "-std=c++17", "-O3", "--resource-usage", f"-arch={arch}", "-c", str(source)]
     result = subprocess.run([*command, "-o", "/dev/null"], capture_output=True, text=True)
     if result.returncode:
         sys.exit(result.stderr)
-    found = REPORT.findall(result.stdout + result.stderr)
-    return [(name, int(registers), int(spills)) for name, spills, registers in found]
+    kernels = parse(result.stdout + result.stderr)
+    names = readable([kernel["kernel"] for kernel in kernels])
+    return [
+        kernel | {"file": source.name, "arch": arch, "kernel": name}
+        for kernel, name in zip(kernels, names, strict=True)
+    ]
 
 
 def readable(names: list[str]) -> list[str]:
     """C++ names without namespaces and parameters; as they are without c++filt."""
-    if shutil.which("c++filt") is None:
+    if not names or shutil.which("c++filt") is None:
         return names
     result = subprocess.run(["c++filt", *names], capture_output=True, text=True, check=True)
     short = re.compile(r"tim::|cuda::|math::|\(anonymous namespace\)::|^void ")
     return [short.sub("", line).split("(", 1)[0] for line in result.stdout.splitlines()]
 
 
+def version_of(nvcc: str) -> str:
+    output = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
+    return re.search(r"release \S+ (V\S+)", output).group(1)
+
+
+def write(path: Path, results: dict) -> None:
+    """One kernel a line, so that reports can be compared."""
+    kernels = ",\n".join(json.dumps(kernel) for kernel in results["kernels"])
+    facts = json.dumps({key: value for key, value in results.items() if key != "kernels"})
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
+        file.write(f'{facts[:-1]}, "kernels": [\n{kernels}\n]}}\n')
+    os.chmod(file.name, 0o644)
+    os.replace(file.name, path)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--arch", default="sm_90a")
+    parser.add_argument("--arch", default="sm_90a", help="several with commas between them")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="keep the report here")
     parser.add_argument("files", nargs="*", type=Path, default=sorted(SOURCES.glob("*.cu")))
     arguments = parser.parse_args()
     nvcc = shutil.which("nvcc") or "/usr/local/cuda/bin/nvcc"
     if not Path(nvcc).is_file():
         sys.exit("nvcc was not found; put it into PATH")
-    spilled = False
+    kernels = []
     for source in arguments.files:
-        kernels = report(nvcc, source, arguments.arch)
-        for name, (_, registers, spills) in zip(
-            readable([kernel[0] for kernel in kernels]), kernels, strict=True
-        ):
-            print(f"{source.name:28} {registers:4} registers {spills:5} bytes spilled  {name}")
-            spilled = spilled or spills > 0
-    return int(spilled)
+        for arch in arguments.arch.split(","):
+            for kernel in report(nvcc, source, arch):
+                kernels.append(kernel)
+                print(
+                    f"{source.name:28} {arch:8} {kernel['registers']:4} registers "
+                    f"{kernel['spill_stores']:5} bytes spilled  {kernel['kernel']}"
+                )
+    spilled = sum(kernel["spill_stores"] + kernel["spill_loads"] > 0 for kernel in kernels)
+    most = max((kernel["registers"] for kernel in kernels), default=0)
+    print(f"{len(kernels)} kernels, {spilled} with spills, at most {most} registers")
+    if arguments.json:
+        date = datetime.now(timezone.utc).isoformat(timespec="seconds")
+        write(arguments.json, {"nvcc": version_of(nvcc), "date": date, "kernels": kernels})
+    return int(spilled > 0)
 
 
 if __name__ == "__main__":

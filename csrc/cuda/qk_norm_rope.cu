@@ -40,11 +40,14 @@ TIM_DEVICE void forward_row(const Raw<L>& raw, const Row<L>& weight, const Row<L
     if (active) write_row(out, y, at);
 }
 
+// One block per multiprocessor is asked for, as the compiler else gives up registers that some
+// architectures then miss.
+//
 // A warp takes a token at a time: its rotation is read once for all heads, and q, k and v of a head
 // are three independent loads. Lanes without a head read the first one again, as a branch would
 // hold up the other loads, and write nothing.
 template <class L>
-__global__ void __launch_bounds__(kHeadThreads)
+__global__ void __launch_bounds__(kHeadThreads, 1)
     forward(Packed<typename L::T> qkv, Tables tables, Outputs<typename L::T> out, Size size) {
     const Place at = make_place<L>(size.head_dim);
     const int third = size.heads * size.head_dim;
@@ -91,7 +94,7 @@ TIM_DEVICE void tangent_row(const Raw<L>& raw, const Raw<L>& traw, const Row<L>&
 }
 
 template <class L>
-__global__ void __launch_bounds__(kHeadThreads)
+__global__ void __launch_bounds__(kHeadThreads, 1)
     tangent(Packed<typename L::T> qkv, Packed<typename L::T> tqkv, Tables tables,
             Outputs<typename L::T> out, Outputs<typename L::T> tout, Size size) {
     const Place at = make_place<L>(size.head_dim);
@@ -133,8 +136,9 @@ Call make_call(const char* op, int64_t batch, int64_t tokens, int64_t heads, int
     return {op, {batch, tokens, heads, head_dim}, reinterpret_cast<cudaStream_t>(where)};
 }
 
+// Registers let three or four blocks into a multiprocessor: a multiple of both leaves none idle.
 dim3 token_grid(const Call& call, int64_t tokens) {
-    return persistent_grid(call, tokens, kHeadThreads / kWarp, 4);
+    return persistent_grid(call, tokens, kHeadThreads / kWarp, 12);
 }
 
 void qk_norm_rope(const void* qkv, const float* q_weight, const float* q_bias,

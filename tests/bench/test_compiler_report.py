@@ -1,0 +1,74 @@
+"""What ptxas says of kernels, read and kept."""
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+OUTPUT = """\
+ptxas info    : 0 bytes gmem
+ptxas info    : Compiling entry function '_Z4lean' for 'sm_90a'
+ptxas info    : Function properties for _Z4lean
+    0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
+ptxas info    : Used 32 registers, used 0 barriers
+ptxas info    : Compile time = 58.392 ms
+ptxas info    : Compiling entry function '_Z6greedy' for 'sm_90a'
+ptxas info    : Function properties for _Z6greedy
+    16 bytes stack frame, 24 bytes spill stores, 8 bytes spill loads
+ptxas info    : Used 255 registers, used 1 barriers, 1024 bytes smem, 400 bytes cmem[0]
+"""
+
+
+@pytest.fixture
+def compiler_report(monkeypatch):
+    path = ROOT / "benchmarks" / "compiler_report.py"
+    spec = importlib.util.spec_from_file_location("compiler_report", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_every_kernel_is_read(compiler_report) -> None:
+    lean, greedy = compiler_report.parse(OUTPUT)
+    assert lean == {
+        "kernel": "_Z4lean", "registers": 32, "stack": 0, "spill_stores": 0, "spill_loads": 0,
+        "barriers": 0, "shared": 0,
+    }  # fmt: skip
+    assert (greedy["registers"], greedy["stack"], greedy["shared"]) == (255, 16, 1024)
+    assert (greedy["spill_stores"], greedy["spill_loads"], greedy["barriers"]) == (24, 8, 1)
+
+
+def run(compiler_report, monkeypatch, tmp_path, output: str) -> int:
+    nvcc = tmp_path / "nvcc"
+    nvcc.write_text(
+        "#!/bin/sh\n"
+        'if [ "$1" = --version ]; then echo "Cuda, release 13.0, V13.0.48"; exit; fi\n'
+        f"cat <<'END'\n{output}END\n"
+    )
+    nvcc.chmod(0o755)
+    monkeypatch.setattr(compiler_report.shutil, "which", lambda name: str(nvcc))
+    monkeypatch.setattr(compiler_report, "readable", lambda names: names)
+    command = ["", "--arch", "sm_80,sm_90a", "--json", str(tmp_path / "report.json"), "a.cu"]
+    monkeypatch.setattr(sys, "argv", command)
+    return compiler_report.main()
+
+
+def test_a_report_is_kept_and_a_spill_fails(compiler_report, monkeypatch, tmp_path) -> None:
+    assert run(compiler_report, monkeypatch, tmp_path, OUTPUT) == 1
+    kept = json.loads((tmp_path / "report.json").read_text())
+    assert kept["nvcc"] == "V13.0.48"
+    assert [(k["kernel"], k["arch"]) for k in kept["kernels"]] == [
+        ("_Z4lean", "sm_80"), ("_Z6greedy", "sm_80"), ("_Z4lean", "sm_90a"),
+        ("_Z6greedy", "sm_90a"),
+    ]  # fmt: skip
+    assert run(compiler_report, monkeypatch, tmp_path, OUTPUT[: OUTPUT.index("Compile time")]) == 0
+
+
+def test_the_report_that_is_committed_is_of_three_architectures_and_has_no_spills() -> None:
+    path = max((ROOT / "benchmarks" / "results").glob("compiler-*.json"))
+    kernels = json.loads(path.read_text())["kernels"]
+    assert {kernel["arch"] for kernel in kernels} == {"sm_80", "sm_90a", "sm_100"}
+    assert not [kernel for kernel in kernels if kernel["spill_stores"] or kernel["spill_loads"]]
