@@ -115,10 +115,10 @@ struct Kernels {
 
     void (*transition_loss)(const void* F, const void* x, const void* z, const void* d,
                             const void* d_minus, const void* cond, const void* null,
-                            const float* coefficients, const float* time_weight, int64_t first,
-                            void* target, float* loss, float* denoising, float* weight,
-                            int64_t batch, int64_t channels, int64_t positions, bool cosine,
-                            int dtype, int data_dtype, int64_t where);
+                            const float* coefficients, double epsilon, const float* time_weight,
+                            int64_t first, void* target, float* loss, float* denoising,
+                            float* weight, int64_t batch, int64_t channels, int64_t positions,
+                            bool cosine, int dtype, int data_dtype, int64_t where);
     void (*transition_loss_backward)(const float* scale, const void* F, const void* target,
                                      void* dF, int64_t batch, int64_t channels, int64_t positions,
                                      bool cosine, int dtype, int data_dtype, int64_t where);

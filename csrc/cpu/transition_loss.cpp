@@ -76,14 +76,15 @@ struct Inputs {
     const T* d_minus;
     const T* cond;
     const T* null;
-    const float* coefficients;  // [B, 6]
+    const float* coefficients;  // [B, 5]
+    float spacing;              // 2 epsilon
     int64_t first;
 };
 
 // The target of one sample: everything that is the same at all of its positions.
 template <class T, class D>
 struct Target {
-    Vector c_x, c_z, c_d, c_minus, c_cond, c_null;
+    Vector c_x, c_z, c_d, c_cond, c_null;
     const D* x;
     const D* z;
     const T* d;  // null where the sample has none, as the others
@@ -92,8 +93,9 @@ struct Target {
     const T* null;
 
     Target(const Inputs<T, D>& in, int64_t sample, int64_t numel) {
-        const float* c = in.coefficients + 6 * sample;
-        c_x = c[0], c_z = c[1], c_d = c[2], c_minus = c[3], c_cond = c[4], c_null = c[5];
+        const float* c = in.coefficients + 5 * sample;
+        c_x = c[0], c_z = c[1], c_cond = c[3], c_null = c[4];
+        c_d = in.d_minus != nullptr ? c[2] / in.spacing : c[2];
         const int64_t at = sample * numel;
         x = in.x + at;
         z = in.z + at;
@@ -108,8 +110,7 @@ struct Target {
     Vector operator()(int64_t i, Extent extent) const {
         Vector sum = c_x * load_as<T>(x + i, extent) + c_z * load_as<T>(z + i, extent);
         if (d_minus != nullptr) {
-            sum += math::weighted_difference(c_d, load(d + i, extent), c_minus,
-                                             load(d_minus + i, extent));
+            sum += math::weighted_difference(c_d, load(d + i, extent), load(d_minus + i, extent));
         } else if (d != nullptr) {
             sum += c_d * load(d + i, extent);
         }
@@ -216,10 +217,10 @@ void with_dtypes(int dtype, int data_dtype, int64_t threads, const Body& body) {
 
 void transition_loss(const void* F, const void* x, const void* z, const void* d,
                      const void* d_minus, const void* cond, const void* null,
-                     const float* coefficients, const float* time_weight, int64_t first,
-                     void* target, float* loss, float* denoising, float* weight, int64_t batch,
-                     int64_t channels, int64_t positions, bool cosine, int dtype, int data_dtype,
-                     int64_t where) {
+                     const float* coefficients, double epsilon, const float* time_weight,
+                     int64_t first, void* target, float* loss, float* denoising, float* weight,
+                     int64_t batch, int64_t channels, int64_t positions, bool cosine, int dtype,
+                     int data_dtype, int64_t where) {
     with_dtypes(dtype, data_dtype, where, [&](auto type, auto data_type) {
         using T = decltype(type);
         using D = decltype(data_type);
@@ -231,6 +232,7 @@ void transition_loss(const void* F, const void* x, const void* z, const void* d,
                               static_cast<const T*>(cond),
                               static_cast<const T*>(null),
                               coefficients,
+                              float(2 * epsilon),
                               first};
         forward(in, time_weight, static_cast<D*>(target), loss, denoising, weight,
                 {batch, channels, positions}, cosine, where);

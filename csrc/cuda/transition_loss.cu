@@ -22,7 +22,8 @@ struct Inputs {
     const T* d_minus;
     const T* cond;
     const T* null;
-    const float* coefficients;  // [B, 6]
+    const float* coefficients;  // [B, 5]
+    float spacing;              // 2 epsilon
     const float* time_weight;
     int64_t first;
 };
@@ -112,13 +113,13 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
     const T* const d = moving && in.d != nullptr ? in.d - in.first * numel : nullptr;
     const T* const d_minus =
         moving && in.d_minus != nullptr ? in.d_minus - in.first * numel : nullptr;
-    const float* const c = in.coefficients + 6 * sample;
+    const float* const c = in.coefficients + 5 * sample;
     const float c_x = load_global(c), c_z = load_global(c + 1);
     // An absent term counts nothing, whatever its coefficient.
-    const float c_d = d != nullptr ? load_global(c + 2) : 0.0f;
-    const float c_minus = d_minus != nullptr ? load_global(c + 3) : 0.0f;
-    const float c_cond = in.cond != nullptr ? load_global(c + 4) : 0.0f;
-    const float c_null = in.null != nullptr ? load_global(c + 5) : 0.0f;
+    float c_d = d != nullptr ? load_global(c + 2) : 0.0f;
+    if (d_minus != nullptr) c_d /= in.spacing;
+    const float c_cond = in.cond != nullptr ? load_global(c + 3) : 0.0f;
+    const float c_null = in.null != nullptr ? load_global(c + 4) : 0.0f;
 
     float squares = 0.0f, distance = 0.0f;
     for (int64_t start = 0; start < positions; start += int64_t(blockDim.x) * n) {
@@ -150,8 +151,8 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
 #pragma unroll
                 for (int j = 0; j < n; ++j) {
                     exact[j] = c_x * load(term.x, j) + c_z * load(term.z, j);
-                    exact[j] += math::weighted_difference(c_d, load(term.d, j), c_minus,
-                                                          load(term.d_minus, j));
+                    exact[j] +=
+                        math::weighted_difference(c_d, load(term.d, j), load(term.d_minus, j));
                     exact[j] += c_cond * load(term.cond, j);
                     exact[j] += c_null * load(term.null, j);
                 }
@@ -292,18 +293,18 @@ Call make_call(const char* op, int64_t batch, int64_t channels, int64_t position
 
 void transition_loss(const void* F, const void* x, const void* z, const void* d,
                      const void* d_minus, const void* cond, const void* null,
-                     const float* coefficients, const float* time_weight, int64_t first,
-                     void* target, float* loss, float* denoising, float* weight, int64_t batch,
-                     int64_t channels, int64_t positions, bool cosine, int dtype, int data_dtype,
-                     int64_t where) {
+                     const float* coefficients, double epsilon, const float* time_weight,
+                     int64_t first, void* target, float* loss, float* denoising, float* weight,
+                     int64_t batch, int64_t channels, int64_t positions, bool cosine, int dtype,
+                     int data_dtype, int64_t where) {
     if (batch == 0 || channels == 0 || positions == 0) return;
     const Call call = make_call("transition_loss", batch, channels, positions, where);
     with_dtypes(dtype, data_dtype, [&](auto type, auto data_type) {
         using T = decltype(type);
         using D = decltype(data_type);
-        const Inputs<T, D> in{array<T>(F),       array<D>(x),    array<D>(z),    array<T>(d),
-                              array<T>(d_minus), array<T>(cond), array<T>(null), coefficients,
-                              time_weight,       first};
+        const Inputs<T, D> in{array<T>(F),        array<D>(x),    array<D>(z),    array<T>(d),
+                              array<T>(d_minus),  array<T>(cond), array<T>(null), coefficients,
+                              float(2 * epsilon), time_weight,    first};
         with_width<D>({F, x, z, d, d_minus, cond, null, target}, {positions}, [&](auto width) {
             constexpr int kWidth = decltype(width)::kValue;
             const dim3 block = forward_block(channels, positions / kWidth);

@@ -1,4 +1,5 @@
-// target    = c_x x + c_z z + c_d d + c_minus d_minus + c_cond F_cond + c_null F_null
+// target    = c_x x + c_z z + c_d d + c_cond F_cond + c_null F_null
+//             d: the derivative, or (d - d_minus) / (2 epsilon)
 // denoising = mean((F - target)^2) + mean over positions of 1 - cos(F, target)
 // loss      = weight denoising, weight = time_weight / (denoising + 1e-5)
 #pragma once
@@ -11,11 +12,10 @@ constexpr float kAdaptiveEps = 1e-5f;
 // |F| and |target| are at least this in the cosine, as in torch.nn.functional.cosine_similarity.
 constexpr float kCosineEps = 1e-8f;
 
-// c d + c_minus d_minus. For the central difference, c_minus = -c, the nearly equal numbers are
-// subtracted before anything rounds them.
+// The nearly equal numbers of a central difference are subtracted before anything rounds them.
 template <class V>
-TIM_HD V weighted_difference(V c, V d, V c_minus, V d_minus) {
-    return c * (d - d_minus) + (c + c_minus) * d_minus;
+TIM_HD V weighted_difference(V c, V d, V d_minus) {
+    return c * (d - d_minus);
 }
 
 template <class V>

@@ -12,8 +12,6 @@ from tim.ops import _dispatch as dispatch
 
 #: Added to the error before it is inverted into the adaptive weight (value of the released code).
 ADAPTIVE_EPS = 1e-5
-#: Of the kernels' table of coefficients: c_d is there for both predictions of a difference.
-_COLUMNS = torch.tensor([0, 1, 2, 2, 3, 4])
 
 
 class TransitionLossTerms(NamedTuple):
@@ -194,20 +192,6 @@ def _codes(F: Tensor, data: Tensor) -> tuple[int, int]:
     return dispatch.DTYPE_CODES[F.dtype], dispatch.DTYPE_CODES[data.dtype]
 
 
-def _six_columns(coefficients: Tensor, epsilon: float) -> Tensor:
-    """Float32 columns for x, z, d, d_minus, cond, null: a central difference has c_d / (2 epsilon)
-    and its negative for d and d_minus."""
-    coefficients = dispatch.float32(coefficients)
-    if coefficients.is_cpu:
-        columns = coefficients.index_select(1, _COLUMNS)
-    else:  # no table in the memory of a host: copying it from there would stop the stream
-        columns = torch.cat((coefficients[:, :3], coefficients[:, 2:]), dim=1)
-    if epsilon:
-        columns[:, 2].div_(2 * epsilon)
-        columns[:, 3].div_(-2 * epsilon)
-    return columns
-
-
 def _forward(
     F, x, z, coefficients, d, d_minus, cond, null, time_weight, epsilon, cosine
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -215,14 +199,14 @@ def _forward(
         None if tensor is None else tensor.contiguous()
         for tensor in (F, x, z, d, d_minus, cond, null)
     ]
-    table, time_weight = _six_columns(coefficients, epsilon), dispatch.float32(time_weight)
+    table, time_weight = dispatch.float32(coefficients), dispatch.float32(time_weight)
     target = dispatch.empty_like(x)
     loss, denoising = torch.empty_like(time_weight), torch.empty_like(time_weight)
     weight = torch.empty_like(time_weight)
     if F.numel():
         outputs = (target, loss, denoising, weight)
         dispatch.launch(
-            "transition_loss", F, *arrays, table, time_weight, _first(F, d), *outputs,
+            "transition_loss", F, *arrays, table, epsilon, time_weight, _first(F, d), *outputs,
             *_geometry(F), cosine, *_codes(F, x),
         )  # fmt: skip
     return loss, denoising, weight, target
