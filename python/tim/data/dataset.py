@@ -49,6 +49,8 @@ class Dataset:
     size_of: np.ndarray | None = None
     #: Whether batches are packed: lists of images of any sizes.
     packed: bool = False
+    #: Images in each of the files they lie in one after the other; None: in no such files.
+    shards: list[int] | None = None
 
     def __len__(self) -> int:
         raise NotImplementedError

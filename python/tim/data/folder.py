@@ -4,37 +4,31 @@ from __future__ import annotations
 
 import io
 import os
-import threading
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
 from PIL import ExifTags, Image, ImageOps
 
-from tim.data.dataset import EVERY_ROW, Batch, Dataset, Rows, flip_some, to_float
+from tim.data.dataset import EVERY_ROW, Batch, Rows, flip_some, to_float
+from tim.data.files import FileDataset
 
 SUFFIXES = frozenset((".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm"))
 GIGABYTE = 10**9
 
 
-class FolderDataset(Dataset):
+class FolderDataset(FileDataset):
     """The images below `path`, cropped at the centre to a square and resized to `image_size`.
 
     The class of an image is its sub-folder of `path`, in sorted order; with no sub-folders all
     images are of one class. Decoded images are kept in memory when all of them fit in
     `cache_bytes`.
 
-    A file that cannot be decoded is noted in `skipped` when it is met, and the next readable image
-    in sorted order takes its place, so the order of all others stays as it is.
-
     Raises FileNotFoundError when `path` is no folder, ValueError when it holds no image that can be
     read, or images both beside and inside sub-folders.
     """
-
-    prefetch = 2
 
     def __init__(
         self,
@@ -45,18 +39,13 @@ class FolderDataset(Dataset):
         workers: int = 4,
         cache_bytes: int = 2 * GIGABYTE,
     ):
+        super().__init__(workers)
         self.path = Path(path)
         self.files, labels, self.classes = list_images(self.path)
         self.labels = torch.tensor(labels)
         self.num_classes = len(self.classes)
         self.shape = (channels, image_size, image_size)
         self.flip = flip
-        # Pillow refuses very large pictures as a guard against hostile uploads; these are the
-        # user's.
-        Image.MAX_IMAGE_PIXELS = None
-        self._pool = ThreadPoolExecutor(workers, "tim-decode")
-        self._lock = threading.Lock()
-        self._skipped: dict[int, str] = {}
         self._cache: np.ndarray | None = None
         if len(self.files) * channels * image_size**2 <= cache_bytes:
             # Pages are only taken from the system when images are written to them.
@@ -65,37 +54,26 @@ class FolderDataset(Dataset):
         # Told now, and not by the first step of a run that has its directory already.
         self._readable(0)
 
+    def __getstate__(self) -> dict[str, Any]:
+        # One for each worker process would be too many.
+        return {**super().__getstate__(), "_cache": None, "_cached": np.zeros_like(self._cached)}
+
     def __len__(self) -> int:
         return len(self.files)
 
-    @property
-    def skipped(self) -> dict[str, str]:
-        with self._lock:
-            return {self.files[i]: reason for i, reason in sorted(self._skipped.items())}
+    def name_of(self, index: int) -> str:
+        return self.files[index]
 
     def batch(self, indices: np.ndarray, rng: np.random.Generator, rows: Rows = EVERY_ROW) -> Batch:
-        chosen, pixels = zip(*self._pool.map(self._readable, indices[rows].tolist()), strict=True)
+        chosen, pixels = zip(*self._load_all(indices[rows].tolist()), strict=True)
         x = to_float(torch.from_numpy(np.stack(pixels)))
         return Batch(flip_some(x, self.flip, rng, len(indices), rows), self.labels[list(chosen)])
 
-    def _readable(self, index: int) -> tuple[int, np.ndarray]:
-        """The first readable image from `index` on: its number and pixels [C, H, W]."""
-        for candidate in [*range(index, len(self.files)), *range(index)]:
-            if candidate not in self._skipped and (pixels := self._pixels(candidate)) is not None:
-                return candidate, pixels
-        raise ValueError(f"none of the {len(self.files)} images in {self.path} can be read")
-
-    def _pixels(self, index: int) -> np.ndarray | None:
+    def _load(self, index: int) -> np.ndarray:
+        """Pixels [C, H, W]."""
         if self._cached[index]:
             return self._cache[index]  # type: ignore[index]
-        try:
-            pixels = load_image(self.path / self.files[index], self.shape[1], self.shape[0])
-        # Decoders raise whatever they stumble over in a damaged file; no kind of it may end the
-        # run.
-        except Exception as error:
-            with self._lock:
-                self._skipped[index] = f"{type(error).__name__}: {' '.join(str(error).split())}"
-            return None
+        pixels = load_image(self.path / self.files[index], self.shape[1], self.shape[0])
         if self._cache is not None:
             self._cache[index] = pixels
             self._cached[index] = True

@@ -2,32 +2,26 @@
 
 from __future__ import annotations
 
-import threading
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 
-from tim.data.dataset import Batch, Dataset, to_float
-from tim.data.sources import Sample, open_source
+from tim.data.dataset import EVERY_ROW, Batch, Rows, to_float
+from tim.data.files import FileDataset
+from tim.data.sources import Sample, TarSamples, open_source
+from tim.data.tars import UNREAD
 
-EVERY_ROW = slice(None)
 
-
-class ImageDataset(Dataset):
+class ImageDataset(FileDataset):
     """The images of a source (`tim.data.sources.open_source`) with their labels or captions.
 
     Images are cropped at the centre and resized to `image_size`, and mirrored with probability
-    `flip`; of several captions one is drawn. A sample that cannot be read is noted in `skipped`
-    when it is met, and the next readable one takes its place.
+    `flip`; of several captions one is drawn. A damaged tar file counts as `skipped` from there on.
 
     Raises FileNotFoundError, ValueError: nothing is there, or nothing that can be read.
     """
-
-    prefetch = 2
 
     def __init__(
         self,
@@ -38,35 +32,31 @@ class ImageDataset(Dataset):
         workers: int = 4,
         captions: str | None = None,
     ) -> None:
+        super().__init__(workers)
         self.path, self.flip = Path(path), flip
         self.source = open_source(path, captions)
+        self.shards = self.source.shards
         self.captioned = captions is not None
         self.shape = (channels, image_size, image_size)
-        # Pillow refuses very large pictures as a guard against hostile uploads; these are the
-        # user's.
-        Image.MAX_IMAGE_PIXELS = None
-        self._pool = ThreadPoolExecutor(workers, "tim-decode")
-        self._lock = threading.Lock()
-        self._skipped: dict[int, str] = {}
+        # Told now, and not by the first step of a run that has its directory already.
         self._readable(0)
         self.num_classes = 0 if self.captioned else self._count_classes()
 
     def __len__(self) -> int:
         return len(self.source)
 
+    def name_of(self, index: int) -> str:
+        return self.source.samples[index].name
+
     @property
     def skipped(self) -> dict[str, str]:
-        with self._lock:
-            return {self.source.samples[i].name: why for i, why in sorted(self._skipped.items())}
+        return {**self.source.damaged, **super().skipped}
 
-    def batch(
-        self, indices: np.ndarray, rng: np.random.Generator, rows: np.ndarray | slice = EVERY_ROW
-    ) -> Batch:
+    def batch(self, indices: np.ndarray, rng: np.random.Generator, rows: Rows = EVERY_ROW) -> Batch:
         mirrored = torch.from_numpy(rng.random(len(indices)) < self.flip)[rows]
         drawn = rng.random(len(indices))[rows]
-        pixels, conditions = zip(
-            *self._pool.map(self._readable, indices[rows].tolist()), strict=True
-        )
+        loaded = self._load_all(indices[rows].tolist())
+        pixels, conditions = zip(*(found for _, found in loaded), strict=True)
         x = to_float(torch.from_numpy(np.stack(pixels)))
         x = torch.where(mirrored[:, None, None, None], x.flip(-1), x)
         if not self.captioned:
@@ -74,32 +64,18 @@ class ImageDataset(Dataset):
         texts = [t[int(share * len(t))] for t, share in zip(conditions, drawn, strict=True)]
         return Batch(x, texts)
 
-    def _readable(self, index: int) -> tuple[np.ndarray, Any]:
-        """Pixels and condition of the first readable sample from `index` on."""
-        count = len(self.source)
-        for candidate in [*range(index, count), *range(index)]:
-            if candidate not in self._skipped and (found := self._read(candidate)) is not None:
-                return found
-        name, reason = next(iter(self.skipped.items()))
-        raise ValueError(f"none of the {count} images in {self.path} can be read; {name}: {reason}")
-
-    def _read(self, index: int) -> tuple[np.ndarray, Any] | None:
+    def _load(self, index: int) -> tuple[np.ndarray, Any]:
+        """Pixels, and label or captions."""
         sample = self.source.samples[index]
-        try:
-            return sample.pixels(self.shape[1], self.shape[0]), self._condition(sample)
-        # Decoders raise whatever they stumble over in a damaged file; no kind of it may end the
-        # run.
-        except Exception as error:
-            with self._lock:
-                self._skipped[index] = f"{type(error).__name__}: {' '.join(str(error).split())}"
-            return None
-
-    def _condition(self, sample: Sample) -> Any:
-        return sample.texts() if self.captioned else sample.class_number()
+        condition = sample.texts() if self.captioned else sample.class_number()
+        return sample.pixels(self.shape[1], self.shape[0]), condition
 
     def _count_classes(self) -> int:
         if self.source.classes:
             return len(self.source.classes)
+        samples = self.source.samples
+        if isinstance(samples, TarSamples) and (labels := samples.labels()).min() > UNREAD:
+            return 1 + int(labels.max())
 
         def label(sample: Sample) -> int:
             try:
@@ -107,4 +83,4 @@ class ImageDataset(Dataset):
             except (ValueError, OSError):
                 return 0  # told when it is met
 
-        return 1 + max(self._pool.map(label, self.source.samples))
+        return 1 + max(map(label, samples))

@@ -8,15 +8,14 @@ from __future__ import annotations
 
 import io
 import json
-import os
-import tarfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from tim.data.folder import SUFFIXES, image_files, list_images, load_image
+from tim.data.folder import image_files, list_images, load_image
+from tim.data.tars import UNREAD, TarIndex, read_indices
 
 SIDECAR = "txt"
 
@@ -89,13 +88,62 @@ def captions_in(record: object) -> list[str]:
 
 
 class Source:
-    """Samples in a fixed order. `classes` holds the names of their labels, if they have any."""
+    """Samples in a fixed order. `classes` holds the names of their labels, if they have any.
 
-    def __init__(self, samples: Iterable[Sample], classes: Sequence[str] = ()) -> None:
-        self.samples, self.classes = list(samples), list(classes)
+    Of samples in tar files, `shards` are the numbers of samples in each, and `damaged` are files
+    with the reason why entries in them cannot be found.
+    """
+
+    def __init__(
+        self,
+        samples: Iterable[Sample],
+        classes: Sequence[str] = (),
+        shards: Sequence[int] | None = None,
+        damaged: Mapping[str, str] | None = None,
+    ) -> None:
+        self.samples = samples if isinstance(samples, TarSamples) else list(samples)
+        self.classes, self.shards, self.damaged = list(classes), shards, dict(damaged or {})
 
     def __len__(self) -> int:
         return len(self.samples)
+
+
+class TarSamples(Sequence[Sample]):
+    """The samples of tar files one after the other, made as they are asked for."""
+
+    def __init__(self, tars: Sequence[TarIndex], captions: bool) -> None:
+        self.tars, self.captions = list(tars), captions
+        self.ends = np.cumsum([len(tar) for tar in self.tars])
+
+    def __len__(self) -> int:
+        return int(self.ends[-1])
+
+    def __getitem__(self, index: int | slice) -> Sample | list[Sample]:  # type: ignore[override]
+        if isinstance(index, slice):
+            return [self._sample(i) for i in range(*index.indices(len(self)))]
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"there are {len(self)} samples, got index {index}")
+        return self._sample(index % len(self))
+
+    def _sample(self, index: int) -> Sample:
+        number = int(np.searchsorted(self.ends, index, side="right"))
+        tar = self.tars[number]
+        row = index - int(self.ends[number]) + len(tar)
+        image, label, text = (
+            Part(tar.path, int(offset), int(size)) if size >= 0 else None
+            for offset, size in tar.places[row]
+        )
+        known = int(tar.labels[row])
+        return Sample(
+            f"{tar.path.name}/{tar.stem(row)}",
+            image,  # type: ignore[arg-type]
+            label if label and known == UNREAD else known,
+            (text or ()) if self.captions else (),
+        )
+
+    def labels(self) -> np.ndarray:
+        """[N], `UNREAD` for those that are no whole numbers."""
+        return np.concatenate([tar.labels for tar in self.tars])
 
 
 def open_source(path: str | Path, captions: str | None = None) -> Source:
@@ -154,33 +202,15 @@ def _listed_source(folder: Path, listing: Path) -> Source:
 
 
 def _tar_source(tars: list[Path], captions: str | None) -> Source:
-    """Samples of uncompressed tar files; only their headers are read here."""
+    """Samples of uncompressed tar files; of those that are new, the headers are read."""
     if captions not in (None, SIDECAR):
         raise ValueError(
             f"captions of tar files are entries in them: captions 'txt', got {captions}"
         )
-    samples: list[Sample] = []
-    for tar in tars:
-        entries: dict[str, dict[str, Part]] = {}
-        try:
-            with tarfile.open(tar, "r:") as archive:
-                for member in archive:
-                    if not member.isfile():
-                        continue
-                    folder, base = os.path.split(member.name)
-                    stem, _, ending = base.partition(".")
-                    part = Part(tar, member.offset_data, member.size)
-                    entries.setdefault(os.path.join(folder, stem), {})[ending.lower()] = part
-        except tarfile.TarError as error:
-            raise ValueError(f"{tar} is no uncompressed tar file, or damaged: {error}") from None
-        for key, parts in entries.items():
-            image = next((p for ending, p in parts.items() if f".{ending}" in SUFFIXES), None)
-            if image is None:
-                continue
-            text = parts.get("txt") or parts.get("json") or ()
-            label = parts.get("cls", 0)
-            name = f"{tar.name}/{key}"
-            samples.append(Sample(name, image, label, text if captions else ()))
-    if not samples:
-        raise ValueError(f"{tars[0].parent} holds tar files without images")
-    return Source(samples)
+    indices = read_indices(tars)
+    samples = TarSamples(indices, captions is not None)
+    damaged = {tar.path.name: tar.damage for tar in indices if tar.damage}
+    if not len(samples):
+        told = "".join(f"; {name}: {damage}" for name, damage in list(damaged.items())[:1])
+        raise ValueError(f"{tars[0].parent} holds tar files without images{told}")
+    return Source(samples, shards=[len(tar) for tar in indices], damaged=damaged)

@@ -89,6 +89,9 @@ def main(arguments: list[str]) -> int:
     # Pillow refuses very large pictures as a guard against hostile uploads; these are the user's.
     Image.MAX_IMAGE_PIXELS = None
     source = open_source(command.images, command.captions)
+    for name, reason in source.damaged.items():
+        # Once it is mended its samples would not be where the shards have them.
+        raise ValueError(f"{command.images}: {name} is {reason}: mend it, or take it away")
     device = pick_device(command.device)
     vae = load_autoencoder(command.vae, device=device, dtype=getattr(torch, command.precision))
     factor = downsampling(vae)
