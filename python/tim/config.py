@@ -148,6 +148,11 @@ class DataConfig:
     """Probability of a horizontal flip."""
     workers: int = 4
     """Threads that decode images (folder)."""
+    processes: int = 0
+    """Processes that decode images, in place of threads (folder); one that dies is replaced."""
+    window: int | None = None
+    """Shuffle over so many shards at a time, and have ranks read different ones (.tar files,
+    latents of tim encode); by default over all images."""
     captions: str | None = None
     """Captions in place of labels (folder): txt, the .txt file beside each image, or a .jsonl file
     of records with file_name and caption(s). Latents bring theirs."""
@@ -171,6 +176,18 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         _check(self, "data", image_size=1, workers=1, cache_gb=0, max_tokens=1)
+        _check(self, "data", processes=0)
+        if self.window is not None:
+            _check(self, "data", window=1)
+            if self.kind in ("digits", "arrays"):
+                raise ValueError(
+                    f"data.window must be None for data.kind {self.kind}, got {self.window}"
+                )
+        if self.processes and self.kind != "folder":
+            raise ValueError(
+                f"data.processes must be 0 for data.kind {self.kind}, which has nothing to decode, "
+                f"got {self.processes}"
+            )
         if not 0 <= self.flip <= 1:
             raise ValueError(f"data.flip must be in [0, 1], got {self.flip}")
         if self.pack and self.kind != "latents":

@@ -17,7 +17,8 @@ CONFIG = "config.yaml"
 CHANGEABLE = (
     "train.steps", "train.checkpoint_every", "train.keep", "train.log_every", "train.sample_every",
     "train.tensorboard", "train.max_bad_steps", "train.device", "train.gradient_checkpointing",
-    "train.cuda_graph", "sample.", "parallel.", "data.path", "data.workers", "data.cache_gb",
+    "train.cuda_graph", "sample.", "parallel.", "data.path", "data.workers", "data.processes",
+    "data.cache_gb",
     "data.vae",
 )  # fmt: skip
 

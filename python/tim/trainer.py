@@ -90,6 +90,8 @@ class Trainer:
         if len(set(sizes := world.exchange(len(self.dataset)))) > 1:
             raise ValueError(f"all ranks must have the same data, got {sizes} images")
         self.config = config = fit_to_data(config, self.dataset)
+        window = config.data.window
+        self.order = make_order(self.dataset, train.batch_size, train.seed, window)
         check_spread(config, world)
         self.device = world.device
         if train.cuda_graph:
@@ -112,7 +114,6 @@ class Trainer:
         )
         self.parameters = self.training_step.parameters
         self.optimizer = self.training_step.optimizer
-        self.order = make_order(self.dataset, train.batch_size, train.seed)
         self.step = 0
         self.skipped = self.bad_in_row = 0
         #: What was wrong with newer checkpoints than the one restored.
@@ -194,7 +195,8 @@ class Trainer:
         due = False
         rows = self.spread.rows(train.batch_size, train.accumulate)
         self.clock.mark(DATA)
-        for batch in batches(self.dataset, self.order, self.step, train.steps, rows):
+        processes = self.config.data.processes
+        for batch in batches(self.dataset, self.order, self.step, train.steps, rows, processes):
             self.train_step(batch)
             log.advance(self.step)
             stopped = stop.agreed(self.step)

@@ -1,11 +1,14 @@
 """The order of images: a function of seed and step."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tim.data import ArrayDataset, Batch, BatchOrder, Dataset, batches
+from tim.data import BatchOrder, WindowOrder
+from tim.parallel.spread import Spread
 
 
 @given(length=st.integers(1, 40), batch_size=st.integers(1, 90), seed=st.integers(0, 2**40))
@@ -38,52 +41,77 @@ def test_an_empty_data_set_is_refused() -> None:
         BatchOrder(0, 4, seed=0)
 
 
-def ramp(flip: float = 0.5) -> ArrayDataset:
-    images = np.arange(30 * 2 * 2, dtype=np.float32).reshape(30, 1, 2, 2)
-    return ArrayDataset(images, np.arange(30), num_classes=30, flip=flip)
+def rows(rank: int, ranks: int, batch: int, parts: int) -> np.ndarray:
+    """Rows of a batch that the trainer has a rank read."""
+    spread = SimpleNamespace(world=SimpleNamespace(rank=rank, size=ranks))
+    mine = Spread.rows(spread, batch, parts)
+    return np.arange(batch) if mine is None else mine
 
 
-def test_batches_are_the_same_wherever_one_starts() -> None:
-    order = BatchOrder(30, 8, seed=5)
-    whole = list(batches(ramp(), order, 0, 12))
-    tail = list(batches(ramp(), order, 7, 12))
-    assert len(whole) == 12 and len(tail) == 5
-    for a, b in zip(whole[7:], tail, strict=True):
-        assert a.x.equal(b.x) and a.y.equal(b.y)
-    flipped = [(b.x[:, 0, 0, 0] > b.x[:, 0, 0, 1]).float().mean() for b in whole]
-    assert 0.25 < sum(flipped) / 12 < 0.75
-    assert len({f.item() for f in flipped}) > 1
+@given(data=st.data())
+def test_windows_bring_every_image_once_per_epoch_whoever_reads(data: st.DataObject) -> None:
+    """Ranks, each with some workers, stop at any step and go on as other ranks and workers."""
+    shards = data.draw(st.lists(st.integers(0, 12), min_size=1, max_size=12).filter(any), "shards")
+    window, seed = data.draw(st.integers(1, 4), "window"), data.draw(st.integers(0, 99), "seed")
+    phases = [
+        (data.draw(st.sampled_from([1, 2, 4])), data.draw(st.integers(1, 3))) for _ in range(2)
+    ]
+    parts = data.draw(st.sampled_from([1, 2]), "parts")
+    batch = data.draw(st.sampled_from([8, 16, 24]), "batch")
+    images, epochs = sum(shards), 2
+    steps = -(-epochs * images // batch)
+    stop = data.draw(st.integers(0, steps), "stop")
+    seen = np.full((steps, batch), -1)
+    for (ranks, workers), span in zip(phases, (range(stop), range(stop, steps)), strict=True):
+        for rank in range(ranks):
+            mine = rows(rank, ranks, batch, parts)
+            for worker in range(workers):
+                order = WindowOrder(shards, batch, seed, window)
+                for step in span[worker::workers]:
+                    assert (seen[step, mine] == -1).all()
+                    seen[step, mine] = order.indices(step)[mine]
+    row = seen.reshape(-1)
+    for epoch in range(epochs):
+        assert sorted(row[epoch * images : (epoch + 1) * images]) == list(range(images))
 
 
-class Slow(Dataset):
-    """Notes which batches were asked for, in a data set that is read ahead."""
-
-    shape, num_classes, prefetch = (1, 1, 1), 1, 3
-
-    def __init__(self, fail_at: int | None = None) -> None:
-        self.data, self.asked, self.fail_at = ramp(0), [], fail_at
-
-    def __len__(self) -> int:
-        return len(self.data)
-
-    def batch(self, indices: np.ndarray, rng: np.random.Generator) -> Batch:
-        self.asked.append(indices.tolist())
-        if len(self.asked) == self.fail_at:
-            raise ValueError("broken")
-        return self.data.batch(indices, rng)
-
-
-def test_reading_ahead_keeps_the_order() -> None:
-    order, dataset = BatchOrder(30, 7, seed=0), Slow()
-    stream = batches(dataset, order, 2, 9)
-    assert next(stream).y.tolist() == order.indices(2).tolist()
-    rest = [batch.y.tolist() for batch in stream]
-    assert rest == [order.indices(step).tolist() for step in range(3, 9)]
-    assert len(dataset.asked) == 7
+def test_ranks_read_shards_of_their_own_evenly_and_a_window_at_a_time() -> None:
+    rng = np.random.default_rng(0)
+    shards = rng.integers(60, 140, 64).tolist()  # uneven
+    shard_of = np.repeat(np.arange(64), shards)
+    order = WindowOrder(shards, 64, seed=1, window=4)
+    assert order.lanes == 16
+    steps = range(2 * order.length // 64)
+    whole = BatchOrder(order.length, 64, seed=1)
+    for ranks in (2, 4, 8, 16):
+        for rank in range(ranks):
+            mine = rows(rank, ranks, 64, 2)
+            read = np.stack([shard_of[order.indices(step)[mine]] for step in steps])
+            epoch = read[: len(read) // 2]
+            # Its share, those that it has in common with others at the cuts, and the rest that
+            # ends an epoch.
+            share = 64 / ranks
+            assert len(np.unique(epoch)) <= 1.3 * share + 2 * order.lanes / ranks + 1
+            few = np.unique(read[:8])
+            assert len(few) <= (4 + 2) * order.lanes / ranks
+    everywhere = [shard_of[whole.indices(step)] for step in steps[: len(steps) // 2]]
+    assert len(np.unique(everywhere)) == 64
 
 
-def test_errors_in_the_reading_thread_arrive() -> None:
-    stream = batches(Slow(fail_at=3), BatchOrder(30, 7, seed=0), 0, 9)
-    next(stream), next(stream)
-    with pytest.raises(ValueError, match="broken"):
-        next(stream)
+def test_windows_shuffle() -> None:
+    shards = [50] * 40
+    order = WindowOrder(shards, 20, seed=0, window=2)
+    first, second = order.permutation(0).copy(), order.permutation(1).copy()
+    assert (first != second).mean() > 0.9
+    assert (WindowOrder(shards, 20, seed=1, window=2).permutation(0) != first).mean() > 0.9
+    # In a lane, neighbours come from both shards of the window, in no order.
+    lane = first[:: order.lanes]
+    assert 0.3 < (np.diff(lane) > 0).mean() < 0.7
+    assert len(np.unique(lane[:50] // 50)) >= 2
+
+
+def test_windows_of_nothing_are_refused() -> None:
+    with pytest.raises(ValueError, match="window must be at least 1, got 0"):
+        WindowOrder([3], 4, seed=0, window=0)
+    with pytest.raises(ValueError, match="length must be at least 1, got 0"):
+        WindowOrder([0, 0], 4, seed=0, window=1)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import resource
+import signal
 import time
 from pathlib import Path
 
@@ -178,6 +180,23 @@ def train_with_a_bad_image(config: RunConfig, run: Path) -> dict:
     trainer.train()
     seen = [5 in images for images in dataset.seen]
     return {"changed": changed, "skipped": trainer.skipped, "weights": before, "seen": seen}
+
+
+def train_killing_a_data_worker(config: RunConfig, run: Path) -> dict:
+    """After two steps rank 1 loses a process that decodes for it."""
+    trainer = Trainer(config, run)
+    step, killed = trainer.train_step, []
+
+    def watched(batch: Batch) -> Tensor:
+        if trainer.step == 2 and trainer.world.rank == 1:
+            victim = multiprocessing.active_children()[0]
+            os.kill(victim.pid, signal.SIGKILL)
+            killed.append(victim.pid)
+        return step(batch)
+
+    trainer.train_step = watched
+    trainer.train()
+    return {"killed": killed, "weights": gathered(trainer)}
 
 
 def try_to_train(config: RunConfig, run: Path, resume: bool) -> str:

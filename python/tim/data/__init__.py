@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tim.data.dataset import ArrayDataset, Batch, Dataset, to_float, to_uint8
-from tim.data.order import BatchOrder, batches, make_order
+from tim.data.order import BatchOrder, WindowOrder, make_order
+from tim.data.reading import DataWorkerDied, batches
 
 if TYPE_CHECKING:
     from tim.config import DataConfig
@@ -18,7 +19,9 @@ __all__ = [
     "ArrayDataset",
     "Batch",
     "BatchOrder",
+    "DataWorkerDied",
     "Dataset",
+    "WindowOrder",
     "batches",
     "build_dataset",
     "make_order",
@@ -72,5 +75,6 @@ def build_dataset(config: DataConfig, split: str = "train") -> Dataset:
         config.channels,
         config.flip,
         config.workers,
-        round(config.cache_gb * GIGABYTE),
+        # Worker processes would not share it.
+        0 if config.processes else round(config.cache_gb * GIGABYTE),
     )

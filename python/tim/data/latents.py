@@ -55,7 +55,8 @@ class LatentShards(Dataset):
         self.path, self.flip, self.packed = Path(path), flip, packed
         self.index = Index.load(self.path)
         self.captioned = self.index.captions is not None
-        self._files, self._captions = [], []
+        self._files: dict[int, safe_open] = {}
+        self._captions: list[dict[str, list[list[str]] | None]] = []
         self._vae: nn.Module | None = None
         places: list[tuple[int, int, int]] = []  # shard, size, row
         self.sizes: list[tuple[int, int]] = []
@@ -67,7 +68,6 @@ class LatentShards(Dataset):
                     "again"
                 )
             groups = read_about(file)["groups"]
-            self._files.append(safe_open(file, framework="pt"))
             self._captions.append({name: group.get("captions") for name, group in groups.items()})
             for name, group in groups.items():
                 size = tuple(map(int, name.split("x")))
@@ -77,6 +77,7 @@ class LatentShards(Dataset):
         if not places:
             raise ValueError(f"{self.path} holds no latents: none of its images could be read")
         self._places = np.array(places)
+        self.shards = np.bincount(self._places[:, 0], minlength=self.index.shards).tolist()
         self.size_of = self._places[:, 1]
         self.num_classes = len(self.index.classes) or self._classes_of_labels()
         self.has_features = self.index.features is not None
@@ -103,7 +104,7 @@ class LatentShards(Dataset):
         latents, features, conditions = [], [], []
         for (shard, size, row), side, share in zip(places, mirrored, drawn, strict=True):
             height, width = self.sizes[size]
-            name, file = f"{height}x{width}", self._files[shard]
+            name, file = f"{height}x{width}", self._file(shard)
             latents.append(_entry(file, f"{name}.latents", row, side))
             if self.has_features:
                 features.append(_entry(file, f"{name}.features", row, side))
@@ -120,10 +121,19 @@ class LatentShards(Dataset):
     def _classes_of_labels(self) -> int:
         if self.captioned:
             return 0
-        names = [(file, f"{h}x{w}.labels") for file in self._files for h, w in self.sizes]
-        return 1 + max(
-            int(file.get_tensor(name).max()) for file, name in names if name in set(file.keys())
-        )
+        names = {f"{h}x{w}.labels" for h, w in self.sizes}
+        largest = 0
+        for number in range(self.index.shards):
+            with safe_open(shard_path(self.path, number), framework="pt") as file:
+                for name in names & set(file.keys()):
+                    largest = max(largest, int(file.get_tensor(name).max()))
+        return 1 + largest
+
+    def _file(self, shard: int) -> safe_open:
+        """The shard, open: those that a rank never reads are never opened."""
+        if shard not in self._files:
+            self._files[shard] = safe_open(shard_path(self.path, shard), framework="pt")
+        return self._files[shard]
 
     def decode(self, x: Tensor) -> Tensor:
         """Pictures of latents, by the autoencoder that encoded them.
