@@ -9,11 +9,11 @@ from collections.abc import Callable
 
 import torch
 
-from tim.step import PHASES, VALUES, WHOLE
+from tim.step import COMMUNICATION, PHASES, VALUES, WHOLE
 
 DATA = "data"
 #: Under which name the log has the time of each phase of a step.
-LOGGED = {DATA: "data_s", WHOLE: "step_s", **dict(zip(PHASES, (
+LOGGED = {DATA: "data_s", WHOLE: "step_s", COMMUNICATION: "communication_s", **dict(zip(PHASES, (
     "forward_derivative_s", "backward_s", "optimizer_s", "optimizer_s", "optimizer_s",
 ), strict=True))}  # fmt: skip
 

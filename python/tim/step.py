@@ -35,6 +35,8 @@ VALUES = ("loss", "denoising", "projection", "grad_norm")
 PHASES = ("forward and derivative", "backward", "norm", "optimizer", "average")
 
 WHOLE = "step"
+#: What is left of a backward pass when all gradients are there but not yet added up over the ranks.
+COMMUNICATION = "communication"
 
 
 class Inputs(NamedTuple):
@@ -56,7 +58,7 @@ class TrainingStep:
     `encoder(x, y)` gives the features for the projection loss where a batch has none; `text`
     encodes the captions of a text model. `spread` tells how the model lives on several ranks, of
     which each gets its share of every batch. `mark` is told which part of the step begins, of
-    `PHASES`; `WHOLE` of a step that is one CUDA graph.
+    `PHASES`; `WHOLE` of a step that is one CUDA graph; `COMMUNICATION` where DDP waits.
     """
 
     def __init__(
@@ -76,6 +78,7 @@ class TrainingStep:
         self.parameters = list(model.parameters())
         self.device = self.parameters[0].device
         self.spread = spread or Spread(World(self.device))
+        self.spread.waiting = lambda: self.mark(COMMUNICATION)
         train = config.train
         # On the device, where the host can set them for a step while earlier steps still run.
         self.lr, self.ema_weight = torch.zeros(2, device=self.device).unbind()

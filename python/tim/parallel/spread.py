@@ -7,7 +7,7 @@ that of one process with the whole batch: the same random draws, the mean gradie
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -32,6 +32,9 @@ class Spread:
 
     def __init__(self, world: World):
         self.world = world
+        #: Called in a backward pass that has nothing left but to wait for other ranks, where the
+        #: way the model is spread lets that be known (DDP).
+        self.waiting: Callable[[], None] = lambda: None
 
     def mine(self, values: Tensor) -> Tensor:
         """The rows of one part of a batch that this rank works on."""
@@ -82,11 +85,23 @@ class Replicated(Spread):
 
     def __init__(self, world: World, model: nn.Module, loss: TransitionLoss):
         super().__init__(world)
+        from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+
         # Loss and derivative inside the wrapped module: torch.func.jvp must not run through the
         # wrapper, which sets up its buckets when it is called.
         self.network = nn.parallel.DistributedDataParallel(
             _Objective(model, loss), gradient_as_bucket_view=True, broadcast_buffers=False
         )
+
+        # What DDP does without a hook. No annotations: DDP compares them with classes, here they
+        # are text.
+        def mean(group, bucket):
+            future = allreduce_hook(group, bucket)
+            if bucket.is_last():
+                self.waiting()
+            return future
+
+        self.network.register_comm_hook(None, mean)
 
     def evaluate(
         self, loss: TransitionLoss, model: nn.Module, *arguments: Tensor, **options: object
