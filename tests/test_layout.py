@@ -37,6 +37,7 @@ LAYERS = (
     ("autoencoder", "repa", "text"),
     ("conditions", "config", "data", "ema", "frechet", "grid", "parallel", "run_lock"),
     ("checkpoint", "memory", "meter", "run_directory", "run_log", "step"),
+    ("profiling",),
     ("pipeline", "presets", "trainer", "evaluate", "bench"),
     ("cli", "commands", "encode", "info", "__main__"),
 )

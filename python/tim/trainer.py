@@ -10,10 +10,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from torch.autograd.profiler import record_function
 
 from tim import conditions
 from tim.checkpoint import (
@@ -39,6 +42,9 @@ from tim.run_log import NoLog, RunLog, open_log, peak_memory_gb
 from tim.sampler import sample
 from tim.step import TrainingStep, learning_rate
 from tim.text import TextEncoder
+
+if TYPE_CHECKING:
+    from tim.profiling import StepProfile
 
 __all__ = ["READ_EVERY", "Trainer", "TrainingStopped", "pick_device", "sample_rows"]
 
@@ -152,7 +158,7 @@ class Trainer:
             raise
         remove_leftovers(self.run / "checkpoints")
 
-    def train(self) -> None:
+    def train(self, profile: bool = False) -> None:
         """Take the steps that are left and save the last one; SIGTERM saves and returns early.
 
         The host reads results at records of the log, sample grids and checkpoints, and at least
@@ -161,6 +167,8 @@ class Trainer:
         late, which does no harm: skipped steps change nothing. It is also raised in place of saving
         weights that are not finite.
 
+        `profile` records a few of the steps, as `tim.profiling.StepProfile` says.
+
         Raises SaveFailed when the last checkpoint cannot be written; where it is one before, the
         log says so and training goes on.
         """
@@ -168,13 +176,14 @@ class Trainer:
         self.world.from_main(self._lock.acquire)
         try:
             with open_log(self.run, self.step, train, self.world.is_main) as log:
-                self._train_logged(log)
+                self._train_logged(log, profile)
             self.world.close()
         finally:
             if self.world.is_main:
                 self._lock.release()
 
-    def _train_logged(self, log: RunLog | NoLog) -> None:
+    def _train_logged(self, log: RunLog | NoLog, profile: bool) -> None:
+        profiler = self._profile(log) if profile else None
         event = "resume" if self.step else "start"
         parameters = sum(p.numel() for p in self.parameters)
         ranks = {"ranks": self.world.size} if self.world.size > 1 else {}
@@ -183,21 +192,35 @@ class Trainer:
             log.event(self.step, event="damaged_checkpoint", reason=reason)
             log.note(f"{reason}; going on from step {self.step}")
         try:
-            with self.heartbeat, StopRequest(self.world) as stop:
-                self._train(log, stop)
+            with self.heartbeat, StopRequest(self.world) as stop, profiler or nullcontext():
+                self._train(log, stop, profiler)
         except TrainingStopped:
             log.event(self.step, event="stopped", bad_in_row=self.bad_in_row)
             raise
 
-    def _train(self, log: RunLog | NoLog, stop: StopRequest) -> None:
+    def _profile(self, log: RunLog | NoLog) -> StepProfile:
+        # Imported here: other runs have no use for it.
+        from tim.profiling import StepProfile
+
+        arguments = (self.run, self.world, log, self.step, self.config.train.steps)
+        return self.world.together(lambda: StepProfile(*arguments))
+
+    def _train(
+        self, log: RunLog | NoLog, stop: StopRequest, profiler: StepProfile | None = None
+    ) -> None:
         train = self.config.train
         meter = Meter()
         due = False
         rows = self.spread.rows(train.batch_size, train.accumulate)
         self.clock.mark(DATA)
         processes = self.config.data.processes
-        for batch in batches(self.dataset, self.order, self.step, train.steps, rows, processes):
+        source = batches(self.dataset, self.order, self.step, train.steps, rows, processes)
+        for batch in profiler.batches(source) if profiler else source:
             self.train_step(batch)
+            if profiler:
+                self.clock.mark(None)
+                self.heartbeat.beat(self.step, "profile")
+                profiler.step()
             log.advance(self.step)
             stopped = stop.agreed(self.step)
             last = stopped or self.step == train.steps
@@ -234,7 +257,8 @@ class Trainer:
         Returns the step's `tim.step.VALUES` [4], on the device: nothing here waits for it. A step
         whose values are not all finite has changed nothing.
         """
-        self.training_step.load(batch, self.step)
+        with record_function(DATA):
+            self.training_step.load(batch, self.step)
         values = self.training_step.run()
         self._unread.append(values)
         self.step += 1

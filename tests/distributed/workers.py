@@ -7,6 +7,7 @@ import os
 import resource
 import signal
 import time
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Shard
 
+from readings import no_reading
 from tim.checkpoint import whole
 from tim.config import RunConfig
 from tim.data import ArrayDataset, Batch
@@ -218,3 +220,38 @@ def try_to_train_on_other_data(config: RunConfig, run: Path) -> str:
     except ValueError as error:
         return str(error)
     return "not refused"
+
+
+def train_with_profile(config: RunConfig, run: Path) -> None:
+    Trainer(config, run).train(profile=True)
+
+
+def operations_of_steps(configs: list[RunConfig], folder: Path) -> list[Counter[str]]:
+    """How often the third step of each run calls which operation."""
+    found = []
+    for number, config in enumerate(configs):
+        trainer = Trainer(config, folder / str(number))
+        for _ in range(2):  # DDP sorts its buckets after the first
+            trainer.train_step(_batch(trainer))
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+            trainer.train_step(_batch(trainer))
+        found.append(Counter(event.name for event in profiler.events()))
+        trainer._lock.release()
+    return found
+
+
+def step_without_reading(config: RunConfig, run: Path) -> bool:
+    """Two steps that may not read; whether their values are finite."""
+    trainer = Trainer(config, run)
+    for number in range(2):
+        trainer.training_step.load(_batch(trainer), number)
+        with no_reading():
+            values = trainer.training_step.run()
+    return bool(values.isfinite().all())
+
+
+def _batch(trainer: Trainer) -> Batch:
+    """This rank's part of the first images."""
+    train = trainer.config.train
+    rows = trainer.spread.rows(train.batch_size, train.accumulate)
+    return trainer.dataset.batch(rows, np.random.default_rng(0))

@@ -13,7 +13,7 @@ from tim import presets
 from tim.cli import UsageError, parse, tell
 from tim.config import RunConfig
 
-USAGE = "usage: tim train PRESET --run DIR [--resume] [--SECTION.FIELD VALUE ...]"
+USAGE = "usage: tim train PRESET --run DIR [--resume] [--profile] [--SECTION.FIELD VALUE ...]"
 
 
 @dataclass(frozen=True)
@@ -23,6 +23,8 @@ class Train:
     config: Annotated[RunConfig, tyro.conf.arg(name="")]
     resume: tyro.conf.FlagCreatePairsOff[bool] = False
     """Go on from the newest checkpoint of --run; starts anew when there is none."""
+    profile: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Write a trace of a few steps to --run/profile, and a table of their phases to the log."""
 
 
 def main(arguments: list[str]) -> int:
@@ -47,7 +49,7 @@ def main(arguments: list[str]) -> int:
         where = f"resuming at step {trainer.step}" if trainer.step else "nothing to resume"
         tell(f"{where} in {command.run}")
     try:
-        trainer.train()
+        trainer.train(profile=command.profile)
     except (TrainingStopped, SaveFailed) as stop:
         tell(f"tim train: {stop}")
         return 1

@@ -1,0 +1,69 @@
+"""What a step on several ranks sends and waits for, counted in the profiler's record of it."""
+
+import dataclasses
+import gzip
+import json
+
+import pytest
+from ranks import records, run_ranks
+from workers import operations_of_steps, step_without_reading, train_with_profile
+
+from tim.config import ParallelConfig, RunConfig
+from tim.profiling import ACTIVE, COMMUNICATION, EXPOSED, STEPS
+from tim.step import PHASES
+from tiny_runs import config
+
+EACH_STRATEGY = pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+
+
+def run_config(strategy: str, **train) -> RunConfig:
+    parallel = ParallelConfig(strategy=strategy, timeout=60)
+    return dataclasses.replace(config(batch_size=32, **train), parallel=parallel)
+
+
+@EACH_STRATEGY
+def test_parts_of_a_batch_send_no_more_than_a_whole_one(tmp_path, strategy) -> None:
+    configs = [run_config(strategy, accumulate=parts) for parts in (1, 4)]
+    for whole, parts in run_ranks(2, tmp_path / "logs", operations_of_steps, configs, tmp_path):
+        assert parts["tim::transition_loss"] == 4 * whole["tim::transition_loss"] > 0
+        sums = ("c10d::allreduce_", "c10d::_reduce_scatter_base_")
+        assert [parts[name] for name in sums] == [whole[name] for name in sums]
+        # Besides gradients the loss; sharded, a norm whose parts lie on different ranks.
+        assert [whole[name] for name in sums] == ([2, 0] if strategy == "ddp" else [2, 2])
+
+
+@EACH_STRATEGY
+def test_optimizer_and_average_are_a_fused_call_each(tmp_path, strategy) -> None:
+    configs = [run_config(strategy)]
+    # The optimizer's call with sharded tensors is recorded, and the one with what a rank holds.
+    calls = {"aten::_fused_adamw_": 1 if strategy == "ddp" else 2, "aten::_fused_sgd_": 1}
+    for (step,) in run_ranks(2, tmp_path / "logs", operations_of_steps, configs, tmp_path):
+        assert {name: step[name] for name in calls} == calls
+        assert not [name for name in step if "addcdiv" in name or "lerp" in name]
+
+
+def test_nothing_in_a_step_with_ddp_reads_a_tensor_back(tmp_path) -> None:
+    base = run_config("ddp", accumulate=2)
+    for finite in run_ranks(2, tmp_path / "logs", step_without_reading, base, tmp_path / "run"):
+        assert finite
+
+
+@EACH_STRATEGY
+def test_every_rank_writes_its_profile(tmp_path, strategy) -> None:
+    run = tmp_path / "run"
+    base = run_config(strategy, steps=STEPS)
+    run_ranks(2, tmp_path / "logs", train_with_profile, base, run)
+    assert {p.name for p in (run / "profile").iterdir()} == {"rank0.json.gz", "rank1.json.gz"}
+    for path in (run / "profile").iterdir():
+        with gzip.open(path, "rt") as file:
+            names = [e.get("name") for e in json.load(file)["traceEvents"] if e.get("ph") == "X"]
+        assert [names.count(phase) for phase in PHASES] == [ACTIVE] * len(PHASES)
+        assert names.count("gloo:all_reduce") >= 2 * ACTIVE
+    (told,) = (r["seconds"] for r in records(run) if r.get("event") == "profile")
+    assert 0 < told[EXPOSED] <= told[COMMUNICATION]
+    steps = [r for r in records(run) if "denoising" in r]
+    assert len(steps) == STEPS
+    for record in steps:
+        # Of sharded weights every block waits for itself, which the log cannot tell.
+        assert ("communication_s" in record) == (strategy == "ddp")
+        assert record.get("communication_s", 1.0) > 0 and record["backward_s"] > 0
