@@ -178,6 +178,7 @@ if [ "$device" = cuda ]; then
     derivative=(--seconds 1)
     sampling=(--seconds 0.5)
     launches=()
+    training=(--seconds 0.3 --ranks 1)
     compiled=(--seconds 0.1 --sizes xl2-256 --dtypes bfloat16)
 else
     every=(--seconds 0.01 --dtypes float32 --sizes small)
@@ -185,6 +186,7 @@ else
     derivative=(--seconds 0.02 --sizes digits)
     sampling=(--seconds 0.02 --sizes "digits x 1")
     launches=(--size digits)
+    training=(--seconds 0.02 --ranks 1)
     compiled=(interpolate swiglu --seconds 0.01 --sizes small --dtypes float32)
 fi
 
@@ -200,6 +202,7 @@ part 120 bench_step bench step step "${step[@]}"
 part 90 bench_derivative bench derivative derivative "${derivative[@]}"
 part 60 bench_sampling bench sampling sampling "${sampling[@]}"
 part 60 bench_launches bench launches launches "${launches[@]}"
+part 60 bench_training bench training training "${training[@]}"
 part 150 "torch.compile" bench_compiled "${compiled[@]}"
 deadline=$((SECONDS + 20))
 part 20 summary summarise

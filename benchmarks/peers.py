@@ -267,6 +267,20 @@ def steps(setup: Setup, compiled: bool) -> dict[str, StepCandidate]:
     return found
 
 
+def training(setup: Setup, compiled: bool, ranks: int) -> dict[str, StepCandidate]:
+    """The public step as it trains: on several ranks with DDP around its network."""
+    found = {}
+    for name in ("public dde", "public dde, compiled")[: 2 if compiled else 1]:
+        public = PublicStep(setup)
+        network: nn.Module = public.model
+        if name.endswith("compiled"):
+            network = torch.compile(network, dynamic=False)
+        if ranks > 1:
+            network = nn.parallel.DistributedDataParallel(network)
+        found[name] = public.candidate(network, "dde")
+    return found
+
+
 def operators(setup: Setup, epsilon: float = EPSILON) -> dict[str, Callable[[], Tensor]]:
     """The public ways to dF alone."""
     model = networks(setup, False)["public"]

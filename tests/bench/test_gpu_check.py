@@ -107,7 +107,7 @@ def test_needs_torch_and_numpy_alone():
 import sys
 for name in ("yaml", "safetensors", "huggingface_hub", "tyro", "rich", "PIL", "matplotlib"):
     sys.modules[name] = None
-import tim.bench.derivative, tim.bench.launch_report, tim.bench.step
+import tim.bench.derivative, tim.bench.launch_report, tim.bench.step, tim.bench.training
 from tim import models
 model = models.TiM(models.TiMConfig(hidden_size=16, num_heads=2, depth=1))
 for call in (model.save_pretrained, model.push_to_hub, model.from_pretrained):

@@ -6,9 +6,16 @@ import json
 
 import pytest
 from ranks import records, run_ranks
-from workers import operations_of_steps, step_without_reading, train_with_profile
+from workers import (
+    operations_of_steps,
+    step_without_reading,
+    sums_of_the_benchmark,
+    train_with_profile,
+)
 
+from tim.bench.step import StepSize
 from tim.config import ParallelConfig, RunConfig
+from tim.models import TiMConfig
 from tim.profiling import ACTIVE, COMMUNICATION, EXPOSED, STEPS
 from tim.step import PHASES
 from tiny_runs import config
@@ -67,3 +74,16 @@ def test_every_rank_writes_its_profile(tmp_path, strategy) -> None:
         # Of sharded weights every block waits for itself, which the log cannot tell.
         assert ("communication_s" in record) == (strategy == "ddp")
         assert record.get("communication_s", 1.0) > 0 and record["backward_s"] > 0
+
+
+def test_the_steps_of_the_benchmark_add_up_their_gradients(tmp_path) -> None:
+    model = TiMConfig(
+        input_size=8, hidden_size=32, depth=1, num_heads=2, num_classes=10, lora_hidden_size=8
+    )
+    size = StepSize("tiny", model, 10)
+    for found in run_ranks(2, tmp_path / "logs", sums_of_the_benchmark, size):
+        # Ours also the loss, for the log.
+        assert found == {
+            "jvp": (2, True), "jvp, references": (2, True),
+            "dde": (2, True), "dde, references": (2, True), "public dde": (1, True),
+        }  # fmt: skip

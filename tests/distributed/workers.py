@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import resource
 import signal
+import sys
 import time
 from collections import Counter
 from pathlib import Path
@@ -16,10 +17,15 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, Shard
 
 from readings import no_reading
+from tim.bench.step import StepSize, training_candidates
 from tim.checkpoint import whole
 from tim.config import RunConfig
 from tim.data import ArrayDataset, Batch
+from tim.parallel import join
 from tim.trainer import Trainer
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+import peers
 
 
 def train(config: RunConfig, run: Path, resume: bool = False) -> dict:
@@ -255,3 +261,19 @@ def _batch(trainer: Trainer) -> Batch:
     train = trainer.config.train
     rows = trainer.spread.rows(train.batch_size, train.accumulate)
     return trainer.dataset.batch(rows, np.random.default_rng(0))
+
+
+def sums_of_the_benchmark(size: StepSize) -> dict[str, tuple[int, bool]]:
+    """Of each candidate of `tim bench training`: all-reduces of a step, and whether it has dF."""
+    world = join("cpu", timeout=60)
+    candidates, exact = training_candidates(size, torch.float32, world, False, peers)
+    found = {}
+    for name, candidate in candidates.items():
+        _, derivative = candidate.objective()
+        candidate.step()()
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+            candidate.step()()
+        names = [event.name for event in profiler.events()]
+        close = torch.allclose(derivative, exact.float(), rtol=1e-2, atol=1e-2)
+        found[name] = names.count("c10d::allreduce_"), close
+    return found

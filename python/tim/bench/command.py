@@ -55,6 +55,10 @@ def main(
         from tim.bench.launch_report import main as count_launches
 
         return count_launches(arguments[1:], peers)
+    if arguments[:1] == ["training"]:
+        from tim.bench.training import main as measure_training
+
+        return measure_training(arguments[1:], peers)
     parser = _parser()
     options = parser.parse_args(arguments)
     device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -208,7 +212,7 @@ def _parser() -> argparse.ArgumentParser:
         nargs="*",
         metavar="NAME",
         help=f"{', '.join(OPERATION_NAMES)} (all of these), overhead, step, derivative, sampling, "
-        "or launches",
+        "training or launches",
     )
     add("--device", choices=("cpu", "cuda"), help="cuda where there is one")
     add("--sizes", type=_listed(), metavar="SIZE,...", help="all that the device has")

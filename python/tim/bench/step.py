@@ -8,7 +8,7 @@ kernels, the package's default.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from typing import Protocol
@@ -27,6 +27,7 @@ from tim.config import RunConfig, TrainConfig
 from tim.ema import EMA
 from tim.models import ARCHITECTURES, TiM, TiMConfig
 from tim.objective import TransitionLoss
+from tim.parallel import World, build_spread
 from tim.step import Inputs, TrainingStep
 
 TRANSPORT = transports.get("ot_fm", P_mean=-0.4)
@@ -103,14 +104,20 @@ class Setup:
             return nullcontext()
         return torch.autocast(self.x.device.type, self.dtype)
 
-    def training_step(self) -> TrainingStep:
-        """The trainer's step on this batch; its learning rate is 0 until somebody sets it."""
+    def training_step(self, derivative: str = "jvp", world: World | None = None) -> TrainingStep:
+        """The trainer's step on this batch; its learning rate is 0 until somebody sets it.
+
+        With DDP where `world` has several ranks, each of which has a batch like this one.
+        """
         precision = {torch.float32: "float32", torch.bfloat16: "bf16"}.get(self.dtype)
         if precision is None:
             raise ValueError(f"training steps are in float32 or bfloat16, got {self.dtype}")
-        train = TrainConfig(batch_size=len(self.x), precision=precision)
+        world = world or World(self.x.device)
+        train = TrainConfig(batch_size=len(self.x) * world.size, precision=precision)
         config = RunConfig(preset="bench", model=self.model.config, train=train)
-        step = TrainingStep(self.model, EMA(self.model), self.loss("jvp"), config)
+        ema, loss = EMA(self.model), self.loss(derivative)
+        spread = build_spread(config, world, self.model, ema.model, loss, features=False)
+        step = TrainingStep(self.model, ema, loss, config, spread=spread)
         null = self.model.null_condition(len(self.y))
         step.inputs = [Inputs(self.x, self.z, self.y, self.y, null, self.t, self.r, None)]
         step.ema_weight.fill_(1e-4)
@@ -141,6 +148,8 @@ class StepCandidate:
     objective: Callable[[], tuple[Tensor, Tensor]]
     take: Callable[[], object]
     context: Callable = nullcontext
+    #: Frees what the last step left, which is no part of the next one.
+    forget: Callable[[], object] = lambda: None
 
     def step(self) -> Callable[[], object]:
         def step() -> object:
@@ -158,6 +167,8 @@ class Peers(Protocol):
     def operators(self, setup: Setup) -> dict[str, Callable[[], Tensor]]: ...
 
     def networks(self, setup: Setup, compiled: bool) -> dict[str, nn.Module]: ...
+
+    def training(self, setup: Setup, compiled: bool, ranks: int) -> dict[str, StepCandidate]: ...
 
 
 def kernels_of(device: torch.device) -> str:
@@ -241,4 +252,43 @@ def own_candidates(setup: Setup) -> dict[str, StepCandidate]:
         f"{derivative}{suffix}": candidate(derivative, context)
         for derivative in ("jvp", "dde")
         for suffix, context in (("", nullcontext), (", references", ops.reference_only))
+    }
+
+
+def training_candidates(
+    size: StepSize, dtype: torch.dtype, world: World, compiled: bool, peers: Peers | None
+) -> tuple[dict[str, StepCandidate], Tensor]:
+    """Steps as a rank of `world` takes them, each with a model of its own, and dF in float64.
+
+    Kernels and references share one where they are not compiled.
+    """
+    contexts = {"": nullcontext, ", references": ops.reference_only}
+    candidates: dict[str, StepCandidate] = {}
+    for derivative in ("jvp", "dde"):
+        candidates |= _trained(Setup.random(size, dtype, world.device), derivative, world, contexts)
+        for suffix in contexts if compiled else ():
+            setup = Setup.random(size, dtype, world.device)
+            setup.model.compile(dynamic=False)
+            context = {f"{suffix}, compiled": contexts[suffix]}
+            candidates |= _trained(setup, derivative, world, context)
+    setup = Setup.random(size, dtype, world.device)
+    if peers is not None:
+        candidates |= peers.training(setup, compiled, world.size)
+    return candidates, setup.exact_derivative()
+
+
+def _trained(
+    setup: Setup, derivative: str, world: World, contexts: Mapping[str, Callable]
+) -> dict[str, StepCandidate]:
+    """The trainer's step of one model, in each of the contexts."""
+    step = setup.training_step(derivative, world)
+
+    def objective() -> tuple[Tensor, Tensor]:
+        with setup.autocast():
+            out = step.loss(setup.model, *setup.batch)
+        return out.loss, out.derivative
+
+    return {
+        derivative + suffix: StepCandidate(objective, step.run, context, setup.model.zero_grad)
+        for suffix, context in contexts.items()
     }

@@ -14,7 +14,7 @@ _OPERATION_HEADINGS = (
 _USUAL = {"tim", "reference", "compile"}
 #: Whole steps by benchmark, and what their errors are of.
 _STEPS = {
-    "step": "derivative error", "sampling": "error",
+    "step": "derivative error", "sampling": "error", "training": "derivative error",
     "derivative operator": "error", "derivative step": "derivative error",
 }  # fmt: skip
 
