@@ -29,7 +29,8 @@ def dry_run(*options: str) -> str:
 def test_every_benchmark_runs_within_its_time(device) -> None:
     planned = re.findall(r"^at most (\d+) s, .*?: (.*)$", dry_run("--device", device), re.M)
     benches = {words[1] for words in (c.split() for _, c in planned) if words[0] == "bench"}
-    assert benches == {path.stem[6:] for path in SCRIPT.parent.glob("bench_*.py")}
+    # Reading data is the host's work, and making JPEG files takes more than torch and numpy.
+    assert benches == {path.stem[6:] for path in SCRIPT.parent.glob("bench_*.py")} - {"data"}
     assert set(ops.available()) <= benches
     assert all(0 < int(limit) <= 200 for limit, _ in planned)
     assert [command for _, command in planned][:3] == ["build", "check_build", "run_tests"]

@@ -8,7 +8,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
 from torch import Tensor
 
 from tim.data.dataset import Dataset
@@ -32,8 +31,10 @@ class FileDataset(Dataset):
         self._skipped: dict[int, str] = {}
 
     def _begin(self) -> None:
-        # Pillow refuses very large pictures as a guard against hostile uploads; these are the
-        # user's.
+        # Imported here: the training step needs batches, and runs where there is no PIL.
+        from PIL import Image
+
+        # It refuses very large pictures as a guard against hostile uploads; these are the user's.
         Image.MAX_IMAGE_PIXELS = None
         self._lock = threading.Lock()
         #: Where a worker process writes which image it is at, for whoever finds it dead.
