@@ -86,3 +86,9 @@ def test_only_the_operations_touch_the_extension():
             continue
         source = path.read_text()
         assert "_extension" not in imported(path) and "tim._C" not in source, path
+
+
+def test_names_of_test_files_are_unique():
+    """pytest imports them by their names alone, so two of a name cannot run in one session."""
+    names = [path.name for path in (ROOT / "tests").rglob("test_*.py")]
+    assert sorted(names) == sorted(set(names))

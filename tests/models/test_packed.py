@@ -182,7 +182,11 @@ def test_compiled():
     model = network(LABELS)
     x, t, r, y, _ = packed(LABELS, GRIDS["mixed"], torch.float32)
     compiled = torch.compile(model, backend="aot_eager")
-    torch.testing.assert_close(flat(compiled(x, t, r, y)), flat(model(x, t, r, y)))
+    try:
+        torch.testing.assert_close(flat(compiled(x, t, r, y)), flat(model(x, t, r, y)))
+    finally:
+        # Packed batches break the graph, after which dynamo leaves the frames alone for good.
+        torch._dynamo.reset()
 
 
 def test_layout_sorts_by_length_with_moving_images_last():
