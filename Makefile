@@ -1,4 +1,5 @@
-# make demo: train on scanned digits and look at samples.   make test: every test.
+# make demo: train on scanned digits and look at samples.   make test: all tests but
+# some of several processes, which make test-slow runs.
 # Both set up all they need in .venv; no GPU, no network beyond pip.
 
 PYTHON ?= python3
@@ -13,7 +14,7 @@ DEMO := $(VENV)/.installed-logging-$(TIM_CUDA)
 DEV := $(VENV)/.installed-dev-$(TIM_CUDA)
 BUILD_INPUTS := pyproject.toml constraints.txt CMakeLists.txt $(shell find csrc cmake -type f -not -path 'csrc/emulator/*')
 
-.PHONY: demo test sanitize lint format clean
+.PHONY: demo test test-slow sanitize lint format clean
 .DELETE_ON_ERROR:
 
 # The stem is the extra to install.
@@ -30,7 +31,10 @@ demo: $(DEMO)
 	$(BIN)/tim evaluate $(RUN)
 
 test: $(DEV)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 -m "not slow"
+
+test-slow: $(DEV)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 -m slow tests/distributed
 
 # The emulated CUDA kernels under AddressSanitizer and UBSan of the compiler, which is GCC here. The
 # leaks of Python itself are none of ours.

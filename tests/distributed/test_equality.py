@@ -54,7 +54,13 @@ SPREADS = {
 }
 
 
-@pytest.mark.parametrize("spread", SPREADS)
+@pytest.mark.parametrize(
+    "spread",
+    [
+        pytest.param(name, marks=[pytest.mark.slow] if of[0] > 2 else [])
+        for name, of in SPREADS.items()
+    ],
+)
 def test_the_number_of_ranks_does_not_matter(tmp_path: Path, alone, spread) -> None:
     size, names, parallel = SPREADS[spread]
     results = run_ranks(size, tmp_path / "logs", train_all, runs(names, **parallel), tmp_path)

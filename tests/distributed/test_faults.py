@@ -24,6 +24,8 @@ from tim.config import ParallelConfig, RunConfig
 from tim.parallel.heartbeat import HANGS
 from tiny_runs import config
 
+pytestmark = pytest.mark.slow
+
 FSDP = {"strategy": "fsdp"}
 
 

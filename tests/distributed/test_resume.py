@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 from pathlib import Path
 
+import pytest
 import torch
 from ranks import run_ranks
 from workers import NumberedImages, train_noting_images
@@ -14,6 +15,8 @@ from tim.cli import run as command
 from tim.config import ParallelConfig
 from tim.trainer import Trainer
 from tiny_runs import config
+
+pytestmark = pytest.mark.slow
 
 #: Ranks of each leg of the journey, and how they share the model: every kind of checkpoint is read
 #: by another number of ranks than wrote it, and by another strategy.

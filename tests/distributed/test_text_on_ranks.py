@@ -15,6 +15,8 @@ from tim import presets
 from tim.config import DataConfig, ParallelConfig, RunConfig, SampleConfig, TrainConfig
 from tim.models import TiMConfig
 
+pytestmark = pytest.mark.slow
+
 #: Of different lengths: as padding is not masked, it matters to what length a rank pads its own.
 CAPTIONS = ["red", "a photo of a dog", "three blue cat on grass", "green", "a dog on red grass"]
 #: The same for all keys, it changes no attention: its gradient is rounding and nothing else.
