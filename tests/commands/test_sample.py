@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 import tim
 from small_encoders import autoencoder_dc, autoencoder_kl, gemma, saved, tokenizer
 from tim.cli import run
-from tim.commands.sample import parse_size
+from tim.commands.sampling_flags import parse_size
 from tim.models import ARCHITECTURES, TiMConfig
 from tim.pipeline import TiMPipeline
 

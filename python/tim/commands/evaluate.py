@@ -12,7 +12,8 @@ import tyro
 
 from tim._flags import IntList, NameList
 from tim.cli import parse
-from tim.commands.sample import cut_captions_in_one_line, parse_size
+from tim.commands.sample import cut_captions_in_one_line
+from tim.commands.sampling_flags import SamplingFlags
 from tim.config import RunConfig
 
 if TYPE_CHECKING:
@@ -23,14 +24,14 @@ CLASSIFIED = ("digits", "arrays")
 
 
 @dataclass(frozen=True)
-class Evaluate:
+class Evaluate(SamplingFlags):
     """Measure samples at several numbers of steps.
 
     Of a run on digits or idx files: in the features of a small classifier trained on its real
     images, against held-out ones; writes quality.json and quality.png into the run directory. With
-    --features, or any flag from --metrics on: FID, KID, precision and recall in the features of
-    Inception (extra eval), against the run's images or --reference; writes evaluation.json and
-    evaluation.png. A command that was stopped goes on when given again."""
+    --features, or a flag that the classifier has no use for: FID, KID, precision and recall of
+    Inception features (extra eval), against the run's images or --reference; writes evaluation.json
+    and evaluation.png. A command that was stopped goes on when given again."""
 
     source: tyro.conf.Positional[str]
     """Run directory, or a weight file, hub id or pipeline, as for tim sample."""
@@ -70,24 +71,6 @@ class Evaluate:
     """Folder for the results; by default evaluation/ in the run directory."""
     batch_size: int = 64
     """Images sampled at a time."""
-    size: str | None = None
-    """Width and height in pixels, e.g. 1024x768; by default those trained on."""
-    cfg_interval: tuple[float, float] | None = None
-    """Guide where low < t < high, as shares of the largest time."""
-    negative_prompt: str | None = None
-    """What guidance leads away from; by default the empty prompt."""
-    shift: float | None = None
-    """Shift of the times; by default as the network was trained."""
-    preset: str | None = None
-    """Architecture of a weight file that does not tell its own, e.g. tim-xl2-256."""
-    vae: str | None = None
-    """Autoencoder of a network on latents: a folder or hub id of diffusers."""
-    text_encoder: str | None = None
-    """Text encoder of a text model: a folder or hub id of transformers."""
-    tile: int | None = None
-    """Decode pictures larger than this in tiles of this side."""
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Of the network and the text encoder; auto is bfloat16 on a GPU."""
 
 
 #: Flags that the classifier has, too.
@@ -153,15 +136,11 @@ def _images(command: Evaluate) -> int:
     from rich.console import Console
 
     from tim.evaluate import image_quality
-    from tim.evaluate.generator import GeneratorSettings
     from tim.evaluate.images import SAMPLES
     from tim.evaluate.prompts import read_prompts
     from tim.evaluate.report import SHOWN
 
-    names = [f.name for f in dataclasses.fields(GeneratorSettings) if f.name != "size"]
-    settings = GeneratorSettings(
-        **{name: getattr(command, name) for name in names}, size=parse_size(command.size)
-    )
+    settings = command.generator_settings(command.cfg_scale)
     out = command.out or Path(command.source) / "evaluation"
     if command.out is None and not (Path(command.source) / "config.yaml").is_file():
         out = Path("evaluation")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
-import re
 import sys
 import warnings
 from collections.abc import Iterator
@@ -17,6 +16,7 @@ import tyro
 
 from tim._flags import IntList
 from tim.cli import parse
+from tim.commands.sampling_flags import SamplingFlags, parse_size
 from tim.config import RunConfig, SampleConfig
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ TEXT_CFG_SCALE = 2.5
 
 
 @dataclass(frozen=True)
-class Sample:
+class Sample(SamplingFlags):
     """Draw samples: a row for each number of steps, all rows from the same noise.
 
     SOURCE is a run (its averaged weights are taken, and from its configuration what is not given),
@@ -44,35 +44,16 @@ class Sample:
     """Class of each column, e.g. 0,1,2."""
     steps: IntList | None = None
     """Numbers of steps, e.g. 1,2,4,8,32."""
-    size: str | None = None
-    """Width and height in pixels, e.g. 1024x768; by default those trained on."""
     cfg_scale: float | None = None
     """Guidance scale; 1 is none. By default the run's, or 2.5 with prompts and 1 without."""
-    cfg_interval: tuple[float, float] | None = None
-    """Guide where low < t < high, as shares of the largest time."""
-    negative_prompt: str | None = None
-    """What guidance leads away from; by default the empty prompt."""
     seed: int | None = None
     """Seed of the noise."""
-    shift: float | None = None
-    """Shift of the times; by default as the network was trained."""
     out: Path | None = None
     """Picture to write; by default samples/ in the run directory, or the working directory."""
-    preset: str | None = None
-    """Architecture of a weight file that does not tell its own, e.g. tim-xl2-256."""
-    vae: str | None = None
-    """Autoencoder of a network on latents: a folder or hub id of diffusers."""
-    text_encoder: str | None = None
-    """Text encoder of a text model: a folder or hub id of transformers."""
     rope: Literal["none", "linear", "ntk-aware", "ntk-by-parts", "yarn"] | None = None
     """Positions of pictures larger than those trained on; by default as the network has them."""
     rope_train_size: int | None = None
     """Tokens of the training images along a side, for --rope."""
-    tile: int | None = None
-    """Decode pictures larger than this in tiles of this side; by default 2048 for autoencoders of
-    factor 32 and 1024 for others."""
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Of the network and the text encoder; auto is bfloat16 on a GPU."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
 
@@ -100,16 +81,6 @@ def main(arguments: list[str]) -> int:
     save_picture(picture, out)
     print(out)
     return 0
-
-
-def parse_size(text: str | None) -> tuple[int, int] | None:
-    """(width, height) of "1024x768". Raises ValueError for anything else."""
-    if text is None:
-        return None
-    match = re.fullmatch(r"(\d+)x(\d+)", text.lower())
-    if match is None or "0" in (match[1], match[2]):
-        raise ValueError(f"size must be WIDTHxHEIGHT in pixels, e.g. 1024x768, got {text!r}")
-    return int(match[1]), int(match[2])
 
 
 def _is_plain(command: Sample, config: RunConfig) -> bool:
