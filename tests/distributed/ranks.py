@@ -19,6 +19,8 @@ from typing import Any
 
 import torch
 
+from tim.parallel import leave
+
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(
     ["tim.trainer", "tim.checkpoint.sharded", "torch.distributed.fsdp", "torch.distributed.tensor",
@@ -131,6 +133,7 @@ def _enter(
     torch.set_num_threads(1)
     try:
         torch.save(function(*arguments), folder / f"{rank}.pt")
+        leave()
     except BaseException:
         traceback.print_exc()
         raise

@@ -19,6 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from tim import ops
+from tim.parallel import leave
 
 RANKS = 2
 HEADS, WIDTH = 2, 32
@@ -107,7 +108,8 @@ def run_rank(rank: int, folder: str) -> None:
             values = step(network, *batch(rank), passes=1 + checkpointing)
             results[name] = (*values, *gradients(network))
         torch.save(results, f"{folder}/{rank}.pt")
-        dist.destroy_process_group()
+        del network
+        leave()
     except BaseException:
         Path(folder, f"{rank}.txt").write_text(traceback.format_exc())
         raise

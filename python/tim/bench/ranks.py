@@ -131,7 +131,7 @@ def _serve(rank: int, size: int, port: int, work: Work, pipe: Connection) -> Non
         "LOCAL_WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
     }  # fmt: skip
     try:
-        from tim.parallel import join
+        from tim.parallel import join, leave
 
         if work.settings.device.type == "cpu":
             torch.set_num_threads(work.threads)
@@ -159,7 +159,7 @@ def _serve(rank: int, size: int, port: int, work: Work, pipe: Connection) -> Non
             pipe.send(("seconds", samplers[name].sample(passes)))
         if size > 1:
             world.close()
-            dist.destroy_process_group()
+            leave()
     except (EOFError, KeyboardInterrupt):
         return
     except BaseException:

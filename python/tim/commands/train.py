@@ -15,6 +15,9 @@ from tim.config import RunConfig
 
 USAGE = "usage: tim train PRESET --run DIR [--resume] [--profile] [--SECTION.FIELD VALUE ...]"
 
+#: Exit code after Ctrl-C, as shells have it.
+INTERRUPTED = 130
+
 
 @dataclass(frozen=True)
 class Train:
@@ -41,6 +44,15 @@ def main(arguments: list[str]) -> int:
         description=(presets.describe().get(preset)),
         default=Train(run=tyro.MISSING, config=_starting_point(preset, flags)),
     )
+    from tim.parallel import leave
+
+    code = _train(command)
+    if code != INTERRUPTED:  # other ranks may be in a step still
+        leave()
+    return code
+
+
+def _train(command: Train) -> int:
     from tim.checkpoint import SaveFailed
     from tim.trainer import Trainer, TrainingStopped
 
@@ -55,7 +67,7 @@ def main(arguments: list[str]) -> int:
         return 1
     except KeyboardInterrupt:
         tell(f"interrupted at step {trainer.step}; --resume goes on")
-        return 130
+        return INTERRUPTED
     if trainer.step < trainer.config.train.steps:
         # SIGTERM: what the scheduler wants is a clean end.
         return 0

@@ -11,7 +11,7 @@ from tim.parallel.devices import pick_device
 from tim.parallel.heartbeat import Heartbeat
 from tim.parallel.spread import Spread, build_spread, check_spread
 from tim.parallel.stop import StopRequest
-from tim.parallel.world import World, join, launched
+from tim.parallel.world import World, join, launched, leave
 
 __all__ = [
     "Heartbeat",
@@ -22,5 +22,6 @@ __all__ = [
     "check_spread",
     "join",
     "launched",
+    "leave",
     "pick_device",
 ]

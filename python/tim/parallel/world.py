@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import pickle
 from collections.abc import Callable
@@ -94,6 +95,17 @@ class World:
         """Leave together: rank 0 often serves the store that the others still need."""
         if self.size > 1:
             dist.barrier(self.group)
+
+
+def leave() -> None:
+    """End torch.distributed at the end of a process in which nothing uses it any more.
+
+    Left to the end of the interpreter, threads of gloo may abort a process that did all its work.
+    """
+    if dist.is_initialized():
+        # What is held by nothing but cycles, say of DDP's wrapper, holds groups itself.
+        gc.collect()
+        dist.destroy_process_group()
 
 
 def _known(error: Exception) -> Exception:
