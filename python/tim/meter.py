@@ -17,6 +17,8 @@ LOGGED = {DATA: "data_s", WHOLE: "step_s", COMMUNICATION: "communication_s", **d
     "forward_derivative_s", "backward_s", "optimizer_s", "optimizer_s", "optimizer_s",
 ), strict=True))}  # fmt: skip
 
+Time = float | torch.cuda.Event
+
 
 class Clock:
     """Time between marks, on the device's own clock where it is a GPU: marks wait for nothing.
@@ -27,27 +29,40 @@ class Clock:
     def __init__(self, device: torch.device, beat: Callable[[str], None] | None = None):
         self._cuda = device.type == "cuda"
         self._beat = beat
-        self._marks: list[tuple[str | None, float | torch.cuda.Event]] = []
+        self._marks: list[tuple[str | None, Time]] = []
+        self._spans: list[tuple[str, Time, Time]] = []
 
     def mark(self, phase: str | None) -> None:
         """From now on it is `phase` that takes the time; None for what is no part of a step."""
         if phase is not None and self._beat is not None:
             self._beat(phase)
-        if self._cuda:
-            event = torch.cuda.Event(enable_timing=True)
-            event.record()
-            self._marks.append((phase, event))
-        else:
-            self._marks.append((phase, time.perf_counter()))
+        self._marks.append((phase, self._now()))
+
+    def begin(self, name: str) -> Callable[[], None]:
+        """Begin a span of time on the stream in use, which may lie in other phases or beside them;
+        what is returned ends it."""
+        start = self._now()
+        return lambda: self._spans.append((name, start, self._now()))
 
     def read(self) -> dict[str, float]:
-        """Seconds of each phase since the last call; the device must be done with the last mark."""
+        """Seconds of each phase and kind of span since the last call; the device must be done with
+        them."""
+        phases = zip(self._marks, self._marks[1:], strict=False)
+        times = [(name, start, end) for (name, start), (_, end) in phases] + self._spans
         seconds: dict[str, float] = defaultdict(float)
-        for (phase, start), (_, end) in zip(self._marks, self._marks[1:], strict=False):
-            if phase is not None:
-                seconds[phase] += start.elapsed_time(end) / 1e3 if self._cuda else end - start
+        for name, start, end in times:
+            if name is not None:
+                seconds[name] += start.elapsed_time(end) / 1e3 if self._cuda else end - start
         self._marks.clear()
+        self._spans.clear()
         return dict(seconds)
+
+    def _now(self) -> Time:
+        if not self._cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
 
 
 class Meter:

@@ -35,7 +35,8 @@ VALUES = ("loss", "denoising", "projection", "grad_norm")
 PHASES = ("forward and derivative", "backward", "norm", "optimizer", "average")
 
 WHOLE = "step"
-#: What is left of a backward pass when all gradients are there but not yet added up over the ranks.
+#: DDP: what is left of a backward pass when all gradients are there but not yet added up over the
+#: ranks. FSDP2: its collectives, which lie in the other parts or, on a GPU, beside them.
 COMMUNICATION = "communication"
 
 

@@ -40,7 +40,7 @@ from tim.run_directory import CONFIG, check_directory, check_resumable, fit_to_d
 from tim.run_lock import RunLock
 from tim.run_log import NoLog, RunLog, open_log, peak_memory_gb
 from tim.sampler import sample
-from tim.step import TrainingStep, learning_rate
+from tim.step import COMMUNICATION, TrainingStep, learning_rate
 from tim.text import TextEncoder
 
 if TYPE_CHECKING:
@@ -118,6 +118,7 @@ class Trainer:
         self.training_step = TrainingStep(
             self.model, self.ema, loss, config, encoder, self.text, self.spread, self.clock.mark
         )
+        self.spread.collective = lambda: self.clock.begin(COMMUNICATION)
         self.parameters = self.training_step.parameters
         self.optimizer = self.training_step.optimizer
         self.step = 0

@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
+import torch
 from ranks import run_ranks
 from torch import Tensor
 from workers import train_all
@@ -26,11 +27,13 @@ VARIANTS: dict[str, tuple[ObjectiveConfig | None, dict]] = {
 }
 
 
-def runs(names: Iterable[str] = VARIANTS, **parallel) -> dict[str, RunConfig]:
+def runs(
+    names: Iterable[str] = VARIANTS, options: dict | None = None, **parallel
+) -> dict[str, RunConfig]:
     found = {}
     for name in names:
         objective, train = VARIANTS[name]
-        base = config(objective, **{"steps": 3, "batch_size": 16, **train})
+        base = config(objective, **{"steps": 3, "batch_size": 16, **train, **(options or {})})
         model = dataclasses.replace(base.model, depth=2)
         data = dataclasses.replace(base.data, flip=0.5)
         spread = ParallelConfig(timeout=60, **parallel)
@@ -75,6 +78,28 @@ def test_the_number_of_ranks_does_not_matter(tmp_path: Path, alone, spread) -> N
             for key, value in expected["weights"].items():
                 error = relative(result["weights"][key], value)
                 assert error < ROUNDING, f"{where}, {key}: {error}"
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_bf16_on_two_ranks_is_as_near_to_float32_as_on_one(tmp_path: Path, alone, strategy) -> None:
+    names = ("jvp", "jvp, checkpointing", "dde")
+    bf16 = {"precision": "bf16"}
+    one = train_all(runs(names, bf16), tmp_path / "one")
+    configs = runs(names, bf16, strategy=strategy)
+    for result in run_ranks(2, tmp_path / "logs", train_all, configs, tmp_path / "two"):
+        for name in names:
+            assert all(v.dtype == torch.float32 for v in result[name]["weights"].values())
+            error = error_of_moments(result[name], alone[name])
+            allowed = 2 * error_of_moments(one[name], alone[name])
+            assert 0 < error <= allowed, f"{name}: {error}"
+
+
+def error_of_moments(result: dict, expected: dict) -> float:
+    """Mean over the parameters of the relative error of the mean gradient."""
+    values, exact = result["weights"], expected["weights"]
+    names = [name for name in exact if name.endswith(".exp_avg") and exact[name].any()]
+    assert len(names) > 20
+    return sum(relative(values[name], exact[name]) for name in names) / len(names)
 
 
 def relative(a: Tensor, b: Tensor) -> float:

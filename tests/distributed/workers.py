@@ -9,6 +9,7 @@ import signal
 import sys
 import time
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -244,6 +245,26 @@ def operations_of_steps(configs: list[RunConfig], folder: Path) -> list[Counter[
         found.append(Counter(event.name for event in profiler.events()))
         trainer._lock.release()
     return found
+
+
+def timed_collectives(config: RunConfig, folder: Path) -> tuple[int, int, dict[str, int]]:
+    """Of a step: how many times of collectives begin and end, and the collectives by their kind."""
+    trainer = Trainer(config, folder / "run")
+    trainer.train_step(_batch(trainer))
+    begun, ended = [], []
+
+    def begin() -> Callable[[], None]:
+        begun.append(None)
+        return lambda: ended.append(None)
+
+    trainer.spread.collective = begin
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+        trainer.train_step(_batch(trainer))
+    names = ("c10d::_allgather_base_", "c10d::_reduce_scatter_base_", "c10d::allreduce_")
+    counts = Counter(event.name for event in profiler.events() if event.name in names)
+    # The loss and the norm of the gradient are summed too, over all ranks.
+    counts["c10d::allreduce_"] -= 2
+    return len(begun), len(ended), dict(+counts)
 
 
 def step_without_reading(config: RunConfig, run: Path) -> bool:

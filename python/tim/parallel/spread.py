@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from tim.models import TiM
 from tim.objective import TransitionLoss, TransitionLossOutput
+from tim.parallel.collectives import TimedCollectives, Timer
 from tim.parallel.world import World
 
 if TYPE_CHECKING:
@@ -35,6 +36,9 @@ class Spread:
         #: Called in a backward pass that has nothing left but to wait for other ranks, where the
         #: way the model is spread lets that be known (DDP).
         self.waiting: Callable[[], None] = lambda: None
+        #: Called when a collective begins, where a block waits for its own (FSDP2); what it returns
+        #: is called at its end.
+        self.collective: Timer = lambda: lambda: None
 
     def mine(self, values: Tensor) -> Tensor:
         """The rows of one part of a batch that this rank works on."""
@@ -90,7 +94,7 @@ class Replicated(Spread):
         # Loss and derivative inside the wrapped module: torch.func.jvp must not run through the
         # wrapper, which sets up its buckets when it is called.
         self.network = nn.parallel.DistributedDataParallel(
-            _Objective(model, loss), gradient_as_bucket_view=True, broadcast_buffers=False
+            _Objective(model, loss), gradient_as_bucket_view=True
         )
 
         # What DDP does without a hook. No annotations: DDP compares them with classes, here they
@@ -166,10 +170,13 @@ class Sharded(Spread):
             cast_forward_inputs=False,
         )
         # No backward pass follows the average's forward pass, after which it would be cut up again.
+        timed = TimedCollectives(lambda: self.collective(), size < world.size)
         for network, again in ((model, reshard), (average, True)):
             for block in network.blocks:
                 fully_shard(block, mesh=mesh, reshard_after_forward=again, mp_policy=policy)
+                timed.watch(block)
             fully_shard(network, mesh=mesh, reshard_after_forward=network is average)
+            timed.watch(network)
         self.network = model
 
     @contextmanager
