@@ -4,6 +4,7 @@ import json
 import sys
 import types
 from pathlib import Path
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import pytest
@@ -14,8 +15,9 @@ pytest.importorskip("transformers")
 from safetensors.torch import load_file, save_file
 
 import tim
+from rehearsal import Rehearsed
 from small_encoders import autoencoder_dc, autoencoder_kl, gemma, saved, tokenizer
-from tim import transports
+from tim import sampling_graph, transports
 from tim.autoencoder import decode
 from tim.models import ARCHITECTURES, TiMConfig
 from tim.models.released import RELEASES
@@ -101,6 +103,40 @@ def test_prompts_give_what_the_sampler_gives(text):
         PROMPTS, negative_prompt="blue", guidance_scale=3.0, output_type="pt", **options
     )
     assert not torch.allclose(led_away.images, pictures)
+
+
+def test_graphs_give_the_same_pictures(labels, monkeypatch):
+    """Their replays run the function again, so that a CPU has them."""
+    monkeypatch.setattr("tim.sampling_graph.Replayed", Rehearsed)
+    monkeypatch.setattr("tim.sampling_graph._graphs", WeakKeyDictionary())
+    options = {
+        "class_labels": [3, 7], "latents": noise(2, 4, 8, 8), "num_inference_steps": 9,
+        "guidance_scale": 2.0, "guidance_interval": (0.2, 0.8), "output_type": "latent",
+    }  # fmt: skip
+    expected = labels(**options).images
+    labels.accelerate(cuda_graph=True)
+    try:
+        with pytest.raises(ValueError, match="cuda_graph needs a CUDA device, got cpu"):
+            labels(**options)
+        monkeypatch.setattr("tim.pipeline.check_device", lambda device, what: None)
+        for _ in range(2):
+            torch.testing.assert_close(labels(**options).images, expected, rtol=1e-6, atol=1e-6)
+        (graphs,) = sampling_graph._graphs.values()
+        assert [graph.replayed.recordings for graph in graphs.values()] == [1, 1]
+        monkeypatch.setattr(labels.transformer, "_hf_hook", object(), raising=False)
+        with pytest.raises(ValueError, match="cuda_graph needs weights that stay on the GPU"):
+            labels(**options)
+    finally:
+        labels.accelerate()
+
+
+def test_a_compiled_network_is_called(labels, monkeypatch):
+    compiled = []
+    monkeypatch.setattr(
+        torch.nn.Module, "compile", lambda module, **how: compiled.append((module, how))
+    )
+    labels.accelerate(compile=True)
+    assert compiled == [(labels.transformer, {"dynamic": False})]
 
 
 def test_shift_of_the_times(labels):

@@ -237,6 +237,20 @@ def test_scale_one_is_no_guidance():
     assert all(len(call["x"]) == 2 for call in model.calls)
 
 
+def test_each_image_may_have_its_own_scale(golden_model):
+    x, y = noise(3, 4, 8, 8), torch.tensor([1, 2, 3])
+    options = {"transport": OT_FM, "steps": 4, "null": golden_model.null_condition(3)}
+    scales = [1.0, 2.0, 3.5]
+    together = sample(golden_model, y, x, cfg_scale=scales, **options)
+    packed = sample(golden_model, y, list(x), cfg_scale=scales, **options)
+    for i, scale in enumerate(scales):
+        alone = sample(golden_model, y, x, cfg_scale=scale, **options)[i]
+        assert relative_error(together[i], alone) < 1e-5
+        assert relative_error(packed[i], alone) < 1e-5
+        other = sample(golden_model, y, x, cfg_scale=scale + 1, **options)[i]
+        assert relative_error(together[i], other) > 1e-2
+
+
 # --- state, noise, modes
 
 
@@ -351,6 +365,10 @@ def test_progress_bar(capsys):
         ({"y": [1, 2]}, TypeError, "y must be a tensor, got list"),
         ({"cfg_scale": 0.5}, ValueError, "cfg_scale must be at least 1 (no guidance), got 0.5"),
         ({"cfg_scale": 2.0}, ValueError, "cfg_scale 2.0 needs null"),
+        ({"cfg_scale": [1.0, 2.0]}, ValueError, "cfg_scale [1.0, 2.0] needs null"),
+        ({"cfg_scale": [2.0]}, ValueError, "cfg_scale must be one or B = 2, got 1"),
+        ({"cfg_scale": [1, 0.5]}, ValueError, "cfg_scale must be at least 1 (no guidance), got 0."),
+        ({"cfg_scale": [1, "2"]}, TypeError, "cfg_scale must be a number, got '2'"),
         (
             {"null": torch.zeros(1)},
             ValueError,
@@ -408,6 +426,7 @@ def test_resolution_shift_errors():
 GRAPHED = {
     "plain": {},
     "guided": {"cfg_scale": 2.5, "null": torch.tensor([3, 3]), "cfg_interval": (0.2, 0.7)},
+    "scales": {"cfg_scale": [2.5, 1.0], "null": torch.tensor([3, 3])},
     "diffusion": {"diffusion": True},
     "noisy": {"stochasticity": 0.5, "step_noise": noise(8, 2, 1, 3, 3, seed=4)},
     "trajectory": {"return_trajectory": True, "cfg_scale": 2.0, "null": torch.tensor([0, 0])},

@@ -18,9 +18,9 @@ def sample_packed(
     steps: Iterable[int],
     *,
     transport: Transport,
-    cfg_scale: float,
+    scales: Sequence[float],
     null: Tensor | None,
-    guided: Callable[[Tensor], bool],
+    guided: Callable[[Tensor, float], bool],
     diffusion: bool,
     stochasticity: float,
     fresh: Callable[[int], Sequence[Tensor]],
@@ -28,9 +28,9 @@ def sample_packed(
 ) -> list[Tensor]:
     """The last states [C, H_i, W_i] of the images, or their trajectories [steps + 1, C, H_i, W_i].
 
-    Each image has its own `times` [steps + 1, B]. A step is one call of the network for all images
-    and, once more, with the null condition, for those that `guided` tells to be guided at their
-    time. `fresh(i)` gives the noise of a stochastic step i.
+    Each image has its own `times` [steps + 1, B] and guidance scale. A step is one call of the
+    network for all images and, once more, with the null condition, for those that `guided` tells to
+    be guided at their time and scale. `fresh(i)` gives the noise of a stochastic step i.
     """
     dtype, device = noise[0].dtype, noise[0].device
     T_max = torch.tensor(transport.T_max, dtype=torch.float64)
@@ -38,7 +38,7 @@ def sample_packed(
     trajectory = [[x.to(dtype)] for x in states]
     for i in steps:
         t, r = times[i], times[i + 1]
-        twice = [image for image, time in enumerate(t) if guided(time)]
+        twice = [image for image, time in enumerate(t) if guided(time, scales[image])]
         inputs = [x.to(dtype) for x in states]
         inputs += [inputs[image] for image in twice]
         everyone = [*range(len(states)), *twice]
@@ -49,7 +49,7 @@ def sample_packed(
         )
         F = [prediction.double() for prediction in model(inputs, c_t, c_r, conditions)]
         for F_null, image in zip(F[len(states) :], twice, strict=True):
-            F[image] = F_null + cfg_scale * (F[image] - F_null)
+            F[image] = F_null + scales[image] * (F[image] - F_null)
         noisy = fresh(i) if stochasticity > 0 and 0 < i < len(times) - 2 else None
         for image, x in enumerate(states):
             step = (x, t[image], r[image], F[image])

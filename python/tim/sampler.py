@@ -30,7 +30,7 @@ def sample(
     steps: int = 4,
     *,
     transport: Transport,
-    cfg_scale: float = 1.0,
+    cfg_scale: float | Sequence[float] = 1.0,
     cfg_interval: tuple[float, float] = (0.0, 1.0),
     null: Tensor | None = None,
     schedule: str | Sequence[float] | Tensor = "linear",
@@ -55,8 +55,8 @@ def sample(
             Or packed: a list of B [C, H_i, W_i] of any sizes, with which `model` is called as
             `TiM` is; results are then lists.
         steps: number of network calls; ignored where ``schedule`` holds the times.
-        cfg_scale: guidance F = F_null + cfg_scale (F_cond - F_null), 1 for none. A guided step is
-            one call with twice the batch.
+        cfg_scale: guidance F = F_null + cfg_scale (F_cond - F_null), 1 for none; one for all images
+            or one for each. A guided step is one call with twice the batch.
         cfg_interval: (low, high), guided where low < t / T_max < high; so with high = 1 the first
             step is never guided.
         null: null labels or features, shaped like y; needed where cfg_scale > 1.
@@ -88,6 +88,8 @@ def sample(
     """
     _check(model, y, noise, transport, cfg_scale, cfg_interval, null, stochasticity, generator)
     packed = images.is_packed(noise)
+    one_for_each = isinstance(cfg_scale, (list, tuple))
+    scales = list(cfg_scale) if one_for_each else [cfg_scale] * len(noise)
     if cuda_graph and packed:
         raise ValueError("cuda_graph needs noise of one size, [B, C, H, W], got a packed batch")
     if cuda_graph:
@@ -97,8 +99,8 @@ def sample(
         with evaluating(model):
             return sample_packed(
                 model, y, noise, times, _progress(range(len(times) - 1), progress),
-                transport=transport, cfg_scale=cfg_scale, null=null,
-                guided=lambda t: is_guided(t, transport, cfg_scale, cfg_interval),
+                transport=transport, scales=scales, null=null,
+                guided=lambda t, scale: is_guided(t, transport, scale, cfg_interval),
                 diffusion=diffusion, stochasticity=stochasticity,
                 fresh=_packed_noise(noise, len(times) - 3, stochasticity, generator, step_noise),
                 return_trajectory=return_trajectory,
@@ -108,6 +110,9 @@ def sample(
     T_max = torch.tensor(transport.T_max, dtype=torch.float64)
     x = noise.double() * transport.interpolant(T_max)[1]
     states = [x.to(noise.dtype)]
+    strongest = max(scales)
+    if one_for_each:
+        cfg_scale = torch.tensor(scales, dtype=torch.float64).reshape(-1, 1, 1, 1).to(x.device)
     with evaluating(model):
         # Times stay on the CPU: choosing what to do at a step never waits for the device.
         for i in _progress(range(len(times) - 1), progress):
@@ -115,8 +120,8 @@ def sample(
             told = t if diffusion else r
             noisy_step = stochasticity > 0 and 0 < i < len(times) - 2
             fresh = next(noisy).double() if noisy_step else None
+            guided = is_guided(t, transport, strongest, cfg_interval)
             if cuda_graph:
-                guided = is_guided(t, transport, cfg_scale, cfg_interval)
                 weights = step_weights(transport, t, r, stochasticity if noisy_step else None)
                 x = replayed_step(
                     model, x, fresh, y, null if guided else None, cfg_scale, weights,
@@ -125,8 +130,8 @@ def sample(
                 )  # fmt: skip
             else:
                 F = predict(
-                    model, x.to(noise.dtype), t, told, y, transport=transport, null=null,
-                    cfg_scale=cfg_scale, cfg_interval=cfg_interval,
+                    model, x.to(noise.dtype), t, told, y, null if guided else None, cfg_scale,
+                    transport=transport,
                 )  # fmt: skip
                 if noisy_step:
                     x = transport.stochastic_step(x, t, r, F, stochasticity, fresh)
@@ -143,22 +148,27 @@ def predict(
     t: Tensor,
     r: Tensor,
     y: Tensor,
+    null: Tensor | None,
+    cfg_scale: float | Tensor,
     *,
     transport: Transport,
-    null: Tensor | None = None,
-    cfg_scale: float = 1.0,
-    cfg_interval: tuple[float, float] = (0.0, 1.0),
+    cuda_graph: bool = False,
 ) -> Tensor:
-    """The network's prediction of one step from t to r (scalars), guided where t asks for it.
+    """The network's prediction of one step from t to r (scalars), guided where null is given.
 
-    Returns F [B, C, H, W] in float64. Arguments as for `sample`.
+    Returns F [B, C, H, W] in float64. Other arguments as for `sample`; cfg_scale a number or
+    [B, 1, 1, 1].
     """
-    guided = is_guided(t, transport, cfg_scale, cfg_interval)
-    conditions = torch.cat([y, null.to(y)]) if guided else y
+    times = tuple(transport.c_noise(time).item() for time in (t, r))
+    if cuda_graph:
+        # The step of which F alone is the result.
+        return replayed_step(
+            model, x.double(), None, y, null, cfg_scale, (0.0, 1.0), times=times, dtype=x.dtype
+        )
+    conditions = y if null is None else torch.cat([y, null.to(y)])
     dtype = torch.promote_types(x.dtype, torch.float32)
     c_t, c_r = (
-        torch.full((len(conditions),), transport.c_noise(time).item(), dtype=dtype, device=x.device)
-        for time in (t, r)
+        torch.full((len(conditions),), time, dtype=dtype, device=x.device) for time in times
     )
     return network_step(model, x, c_t, c_r, conditions, cfg_scale)
 
@@ -279,7 +289,7 @@ def _check(
     y: Tensor,
     noise: Images,
     transport: Transport,
-    cfg_scale: float,
+    cfg_scale: float | Sequence[float],
     cfg_interval: tuple[float, float],
     null: Tensor | None,
     stochasticity: float,
@@ -292,10 +302,8 @@ def _check(
     images.check("noise", noise)
     if y.dim() == 0 or len(y) != len(noise):
         raise ValueError(f"y must have B = {len(noise)} rows, got shape {list(y.shape)}")
-    check_number("cfg_scale", cfg_scale)
+    guided = _check_scale(cfg_scale, len(noise))
     check_number("stochasticity", stochasticity)
-    if not cfg_scale >= 1:
-        raise ValueError(f"cfg_scale must be at least 1 (no guidance), got {cfg_scale}")
     try:
         low, high = cfg_interval
         ascending = low <= high
@@ -303,7 +311,7 @@ def _check(
         raise TypeError(f"cfg_interval must be (low, high), got {cfg_interval!r}") from None
     if not ascending:
         raise ValueError(f"cfg_interval must be (low, high) with low <= high, got {cfg_interval}")
-    if cfg_scale > 1 and null is None:
+    if guided and null is None:
         raise ValueError(f"cfg_scale {cfg_scale} needs null, the null labels or features, got None")
     if null is not None:
         check_tensor("null", null)
@@ -317,3 +325,17 @@ def _check(
         raise TypeError(f"generator must be a torch.Generator, got {type(generator).__name__}")
     if stochasticity > 0 and not isinstance(transport, FlowMatching):
         raise ValueError(f"stochasticity needs transport ot_fm, got {transport.name}")
+
+
+def _check_scale(cfg_scale: float | Sequence[float], batch: int) -> bool:
+    """Whether any image is guided. Raises TypeError or ValueError for what is no scale."""
+    scales = [cfg_scale]
+    if isinstance(cfg_scale, (list, tuple)):
+        if len(cfg_scale) != batch:
+            raise ValueError(f"cfg_scale must be one or B = {batch}, got {len(cfg_scale)}")
+        scales = list(cfg_scale)
+    for scale in scales:
+        check_number("cfg_scale", scale)
+        if not scale >= 1:
+            raise ValueError(f"cfg_scale must be at least 1 (no guidance), got {scale}")
+    return max(scales) > 1

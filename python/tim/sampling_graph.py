@@ -25,7 +25,10 @@ def network_step(
     conditions: Tensor,
     cfg_scale: float | Tensor,
 ) -> Tensor:
-    """F [B, C, H, W] in float64; guided where conditions are 2 B, the null ones behind."""
+    """F [B, C, H, W] in float64; guided where conditions are 2 B, the null ones behind.
+
+    cfg_scale: a number, or [B, 1, 1, 1].
+    """
     guided = len(conditions) > len(x)
     F = model(torch.cat([x, x]) if guided else x, c_t, c_r, conditions).double()
     if not guided:
@@ -53,7 +56,7 @@ def replayed_step(
     fresh: Tensor | None,
     y: Tensor,
     null: Tensor | None,
-    cfg_scale: float,
+    cfg_scale: float | Tensor,
     weights: Sequence[float],
     *,
     times: tuple[float, float],
@@ -100,7 +103,7 @@ class StaticStep:
         time_dtype = torch.promote_types(dtype, torch.float32)
         self.times = torch.empty(2, len(conditions), dtype=time_dtype, device=device)
         self.weights = torch.empty(3, dtype=torch.float64, device=device)
-        self.cfg_scale = torch.empty((), dtype=torch.float64, device=device)
+        self.cfg_scale = torch.empty(len(x), 1, 1, 1, dtype=torch.float64, device=device)
         self.replayed = Replayed(self.run, device, "cuda_graph")
 
     def load(
@@ -108,7 +111,7 @@ class StaticStep:
         x: Tensor,
         fresh: Tensor | None,
         conditions: Tensor,
-        cfg_scale: float,
+        cfg_scale: float | Tensor,
         weights: Sequence[float],
         times: tuple[float, float],
     ) -> None:
@@ -117,7 +120,10 @@ class StaticStep:
         if fresh is not None:
             self.fresh.copy_(fresh)
         # Filled and not copied: a copy from the host would wait for the device.
-        self.cfg_scale.fill_(cfg_scale)
+        if isinstance(cfg_scale, Tensor):
+            self.cfg_scale.copy_(cfg_scale)
+        else:
+            self.cfg_scale.fill_(cfg_scale)
         for place, value in zip(self.times, times, strict=True):
             place.fill_(value)
         for place, value in zip(self.weights, weights, strict=False):

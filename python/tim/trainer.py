@@ -367,6 +367,7 @@ def sample_rows(
     shown: list[int] | list[str],
     device: torch.device,
     text: TextEncoder | None = None,
+    cuda_graph: bool = False,
 ) -> list[Tensor]:
     """Samples [B, C, H, W] of B classes, or of B prompts that `text` encodes, for each entry of
     `sample.steps`, all from the same noise."""
@@ -388,6 +389,7 @@ def sample_rows(
             cfg_scale=settings.cfg_scale,
             cfg_interval=settings.cfg_interval,
             null=null,
+            cuda_graph=cuda_graph,
             **config.objective.schedule(*shape[2:]),
         )
         for steps in settings.steps

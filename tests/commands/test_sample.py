@@ -14,6 +14,8 @@ from tim.cli import run
 from tim.commands.sampling_flags import parse_size
 from tim.models import ARCHITECTURES, TiMConfig
 from tim.pipeline import TiMPipeline
+from tim.trainer import Trainer
+from tiny_runs import config as run_config
 
 SIZES = {"hidden_size": 32, "depth": 1, "num_heads": 2, "encoder_depth": 1, "lora_hidden_size": 8}
 LABELS = TiMConfig(
@@ -85,6 +87,34 @@ def test_labels_of_a_weight_file(folder, tmp_path, monkeypatch):
     assert run([*weights, *vae, "--classes", "1,2,3", "--steps", "1,2", "--tile", "16"]) == 0
     with Image.open(tmp_path / "steps-1-2.png") as grid:
         assert grid.height == 2 + 2 * 50
+
+
+def test_graphs_need_a_gpu_and_dtype_is_that_of_the_weights(folder, tmp_path, capsys, monkeypatch):
+    config = run_config(steps=1, checkpoint_every=1)
+    Trainer(config, tmp_path / "run").train()
+    out = tmp_path / "a.png"
+    pixels = ["--classes", "1,2", "--steps", "1,2", "--device", "cpu", "--out", out]
+    prompt = ["--prompt", "cat", "--device", "cpu", "--out", out]
+    for source, flags in ((tmp_path / "run", pixels), (folder / "text", prompt)):
+        error = told(capsys, source, *flags, "--cuda-graph")
+        assert error == "tim sample: cuda_graph needs a CUDA device, got cpu"
+    assert not out.exists()
+    dtypes, compiled = [], []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda module, **how: compiled.append(how))
+    forward = tim.TiM.forward
+
+    def seen(model, *arguments):
+        dtypes.append(model.x_embedder.proj.weight.dtype)
+        return forward(model, *arguments)
+
+    monkeypatch.setattr(tim.TiM, "forward", seen)
+    for dtype in ("bfloat16", "float32"):
+        for source, flags in ((tmp_path / "run", pixels), (folder / "text", prompt)):
+            dtypes.clear()
+            command = ["sample", str(source), *map(str, flags), "--dtype", dtype, "--compile"]
+            assert run(command) == 0
+            assert set(dtypes) == {getattr(torch, dtype)}
+    assert compiled == 4 * [{"dynamic": False}]
 
 
 def test_cut_captions_are_told_in_one_line(folder, tmp_path, capsys):

@@ -110,18 +110,27 @@ def _settings(command: Sample, config: RunConfig | None) -> SampleConfig:
 
 
 def _rows_of_run(command: Sample, config: RunConfig) -> list:
+    import torch
+
     from tim.data import to_uint8
+    from tim.graphs import check_device
     from tim.models import load
     from tim.trainer import pick_device, sample_rows
 
     device = pick_device(command.device)
-    model = load(command.source, device=device)
+    if command.cuda_graph:
+        check_device(device, "cuda_graph")
+    dtype = None if command.dtype == "auto" else getattr(torch, command.dtype)
+    model = load(command.source, device=device, dtype=dtype)
+    if command.compile:
+        model.compile(dynamic=False)
     known = config.model.num_classes
     classes = list(command.classes or [i % known for i in range(config.sample.columns)])
     for label in classes:
         if not 0 <= label < known:
             raise ValueError(f"classes must be in 0 .. {known - 1}, got {label}")
-    return [to_uint8(x) for x in sample_rows(model, config, classes, device)]
+    rows = sample_rows(model, config, classes, device, cuda_graph=command.cuda_graph)
+    return [to_uint8(x) for x in rows]
 
 
 def _rows_of_pipeline(
@@ -132,10 +141,13 @@ def _rows_of_pipeline(
 ) -> list:
     import torch
 
+    from tim.graphs import check_device
     from tim.pipeline import open_pipeline
     from tim.trainer import pick_device
 
     device = pick_device(command.device)
+    if command.cuda_graph:
+        check_device(device, "cuda_graph")
     dtype = command.dtype if command.dtype != "auto" else None
     if dtype is None:
         dtype = "bfloat16" if device.type == "cuda" else "float32"
@@ -153,6 +165,7 @@ def _rows_of_pipeline(
     if pipe.vae is not None:
         pipe.enable_vae_tiling(command.tile)
     pipe.to(device)
+    pipe.accelerate(compile=command.compile, cuda_graph=command.cuda_graph)
     pipe.set_progress_bar_config(disable=not os.isatty(2))
     rows = []
     for steps in settings.steps:

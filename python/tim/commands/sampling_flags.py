@@ -7,6 +7,8 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
+import tyro
+
 if TYPE_CHECKING:
     from tim.evaluate.generator import GeneratorSettings
 
@@ -33,7 +35,12 @@ class SamplingFlags:
     """Decode pictures larger than this in tiles of this side; by default 2048 for autoencoders of
     factor 32 and 1024 for others."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Of the network and the text encoder; auto is bfloat16 on a GPU."""
+    """Of the network and the text encoder; auto is bfloat16 on a GPU, but float32 for a run on
+    pixels."""
+    compile: tyro.conf.FlagCreatePairsOff[bool] = False
+    """The network through torch.compile: a minute for each shape, then faster steps."""
+    cuda_graph: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Each step as one CUDA graph, on a GPU."""
 
     def generator_settings(self, cfg_scale: float | None) -> GeneratorSettings:
         from tim.evaluate.generator import GeneratorSettings

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from tim.config import RunConfig
 from tim.data import to_uint8
+from tim.graphs import check_device
 from tim.models import load
 
 if TYPE_CHECKING:
@@ -38,6 +39,8 @@ class GeneratorSettings:
     text_encoder: str | None = None
     tile: int | None = None
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    compile: bool = False
+    cuda_graph: bool = False
 
     def __post_init__(self) -> None:
         if self.cfg_scale is not None and not self.cfg_scale >= 1:
@@ -79,8 +82,13 @@ class RunGenerator(Generator):
     def __init__(
         self, run: Path, config: RunConfig, settings: GeneratorSettings, device: torch.device
     ) -> None:
-        self.config, self.device = config, device
-        self.model = load(run, device=device)
+        self.config, self.device, self.cuda_graph = config, device, settings.cuda_graph
+        dtype = None if settings.dtype == "auto" else getattr(torch, settings.dtype)
+        self.model = load(run, device=device, dtype=dtype)
+        if settings.compile:
+            self.model.compile(dynamic=False)
+        if settings.cuda_graph:
+            check_device(device, "cuda_graph")
         self.transport = config.transport.build()
         shape: TiMConfig = config.model
         self.size = (shape.input_size, shape.input_size)
@@ -89,6 +97,8 @@ class RunGenerator(Generator):
         self.cfg_scale = _given(settings.cfg_scale, config.sample.cfg_scale)
         self.cfg_interval = _given(settings.cfg_interval, config.sample.cfg_interval)
         self.identity = {"weights": _fingerprint(run), "cfg": [self.cfg_scale, self.cfg_interval]}
+        if dtype is not None:
+            self.identity["dtype"] = settings.dtype
 
     def __call__(self, conditions: Conditions, noise: Tensor, steps: int) -> Tensor:
         import tim
@@ -103,6 +113,7 @@ class RunGenerator(Generator):
             cfg_scale=self.cfg_scale,
             cfg_interval=self.cfg_interval,
             null=null,
+            cuda_graph=self.cuda_graph,
             **self.config.objective.schedule(*noise.shape[2:]),
         )
         # Rounded and clipped, as in the files that other suites read.
@@ -135,6 +146,9 @@ class PipelineGenerator(Generator):
         if pipe.vae is not None:
             pipe.enable_vae_tiling(settings.tile)
         self.pipe, self.device = pipe.to(device), device
+        if settings.cuda_graph:
+            check_device(device, "cuda_graph")
+        pipe.accelerate(compile=settings.compile, cuda_graph=settings.cuda_graph)
         network = pipe.network.config
         self.num_classes = network.num_classes
         width, height = settings.size or (network.input_size * pipe.factor,) * 2
