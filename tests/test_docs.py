@@ -43,6 +43,14 @@ def test_the_example_of_packed_batches_runs():
     assert names["out"].loss.isfinite()
 
 
+def test_the_example_of_the_service_runs():
+    section = (DOCS / "sampling.md").read_text().partition("## As a service")[2]
+    names: dict = {}
+    exec(re.findall(r"```python\n(.*?)```", section, re.DOTALL)[0], names)
+    assert [image.shape for image in names["latents"]] == [(4, 8, 8), (4, 8, 8), (4, 8, 12)]
+    assert names["sampler"].model.x_embedder.proj.weight.dtype == torch.bfloat16
+
+
 @pytest.mark.parametrize("page", sorted(DOCS.glob("*.md")), ids=lambda page: page.name)
 def test_files_and_headings_that_a_page_names_exist(page):
     for target in re.findall(r"\]\((?!http)([^)]+)\)", page.read_text()):

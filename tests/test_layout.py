@@ -38,7 +38,7 @@ LAYERS = (
     ("conditions", "config", "data", "ema", "frechet", "grid", "parallel", "run_lock"),
     ("checkpoint", "memory", "meter", "run_directory", "run_log", "step"),
     ("profiling",),
-    ("pipeline", "presets", "trainer", "evaluate", "bench"),
+    ("pipeline", "presets", "service", "trainer", "evaluate", "bench"),
     ("cli", "commands", "encode", "info", "__main__"),
 )
 

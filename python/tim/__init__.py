@@ -5,6 +5,7 @@ tp = tim.transports.get("ot_fm")               how noise and data mix
 loss = tim.TransitionLoss(transport=tp)        the objective, with the exact time derivative
 images = tim.sample(model, y, noise, steps=4, transport=tp)
 model = tim.load("run directory | file.safetensors | hub/name")
+sampler = tim.Sampler(model, tp)                requests of mixed conditions, seeds, sizes and steps
 pipe = tim.TiMPipeline.from_weights("hub/name")      prompts or labels to pictures, with diffusers
 """
 
@@ -17,10 +18,13 @@ if TYPE_CHECKING:
     from tim.objective import TransitionLoss
     from tim.pipeline import TiMPipeline
     from tim.sampler import sample
+    from tim.service import Request, Sampler
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "Request",
+    "Sampler",
     "TiM",
     "TiMConfig",
     "TiMPipeline",
@@ -33,6 +37,8 @@ __all__ = [
 ]
 
 _MODULES = {
+    "Request": "tim.service",
+    "Sampler": "tim.service",
     "TiM": "tim.models",
     "TiMConfig": "tim.models",
     "TiMPipeline": "tim.pipeline",
