@@ -176,7 +176,8 @@ if [ "$device" = cuda ]; then
     every=(--seconds 0.1 --dtypes float32,bfloat16)
     step=(--seconds 2)
     derivative=(--seconds 1)
-    sampling=(--seconds 0.5)
+    sampling=(--seconds 0.5 --steps 1)
+    latency=(--seconds 0.5 --sizes "xl2-256 x 1" --steps 1,4,16 --compile)
     launches=()
     training=(--seconds 0.3 --ranks 1)
     compiled=(--seconds 0.1 --sizes xl2-256 --dtypes bfloat16)
@@ -184,7 +185,8 @@ else
     every=(--seconds 0.01 --dtypes float32 --sizes small)
     step=(--seconds 0.1 --sizes digits)
     derivative=(--seconds 0.02 --sizes digits)
-    sampling=(--seconds 0.02 --sizes "digits x 1")
+    sampling=(--seconds 0.02 --sizes "digits x 1" --steps 1)
+    latency=(--seconds 0.02 --sizes "digits x 1" --steps 4)
     launches=(--size digits)
     training=(--seconds 0.02 --ranks 1)
     compiled=(interpolate swiglu --seconds 0.01 --sizes small --dtypes float32)
@@ -201,6 +203,7 @@ done
 part 120 bench_step bench step step "${step[@]}"
 part 90 bench_derivative bench derivative derivative "${derivative[@]}"
 part 60 bench_sampling bench sampling sampling "${sampling[@]}"
+part 120 "bench_sampling by steps" bench sampling latency "${latency[@]}"
 part 60 bench_launches bench launches launches "${launches[@]}"
 part 60 bench_training bench training training "${training[@]}"
 part 150 "torch.compile" bench_compiled "${compiled[@]}"

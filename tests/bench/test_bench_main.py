@@ -6,7 +6,8 @@ import pytest
 import torch
 
 # Takes sizes from `step` when it is first imported, which must not be in the fixture below.
-import tim.bench.derivative  # noqa: F401
+import tim.bench.derivative
+import tim.bench.sampling
 from tim.bench import cases, main, measure, step, summary
 from tim.bench.cases import Size
 from tim.bench.step import StepSize
@@ -97,6 +98,8 @@ def test_options_choose_what_runs(tmp_path) -> None:
         (["swiglu", "--sizes", "huge"], "--sizes must be among tiny, got 'huge'"),
         (["swiglu", "--dtypes", "int8"], "must be among float32, bfloat16, float16, got 'int8'"),
         (["interpolate", "--directions", "tangent"], "no measurement of interpolate fits"),
+        (["swiglu", "--steps", "2"], "--steps and --batches are of sampling"),
+        (["--sampling", "--steps", "1,0"], "must be positive numbers, got '1,0'"),
     ],
 )
 def test_mistakes_are_told_in_one_line(arguments, message, capsys) -> None:
@@ -178,18 +181,54 @@ def test_steps_compare_both_derivatives(tmp_path, capsys) -> None:
     assert "dde, references" in capsys.readouterr().out
 
 
-def test_sampling_steps_compare_kernels_and_references(tmp_path, capsys) -> None:
-    path = tmp_path / "result.json"
-    assert main(["sampling", "--json", str(path), *QUICK]) == 0
+def test_sampling_is_measured_by_number_of_steps(tmp_path, capsys, monkeypatch) -> None:
+    path, taken = tmp_path / "result.json", set()
+    sample = tim.bench.sampling.sample
+
+    def counted(network, y, noise, steps, **options):
+        taken.add((len(noise), steps))
+        return sample(network, y, noise, steps, **options)
+
+    monkeypatch.setattr("tim.bench.sampling.sample", counted)
+    assert main(["--sampling", "--steps", "1,3", "--json", str(path), *QUICK]) == 0
     rows = json.loads(path.read_text())["rows"]
-    assert [row["size"] for row in rows] == ["tiny x 1", "tiny x 10"]
+    assert [(row["size"], row["direction"], row["shape"]["steps"]) for row in rows] == [
+        ("tiny x 1", "1 step", 1), ("tiny x 1", "3 steps", 3),
+        ("tiny x 10", "1 step", 1), ("tiny x 10", "3 steps", 3),
+    ]  # fmt: skip
     for row in rows:
         assert row["benchmark"] == "sampling" and list(row["candidates"]) == [
             "tim", "tim, references",
         ]  # fmt: skip
         assert all(candidate["error"] < 1e-5 for candidate in row["candidates"].values())
+    assert taken == {(1, 1), (1, 3), (10, 1), (10, 3)}
     shown = capsys.readouterr().out
-    assert "sampling" in shown and "tiny x 10" in shown and "derivative error" not in shown
+    assert "steps" in shown and "tiny x 10" in shown and "derivative error" not in shown
+
+
+def test_sampling_in_bfloat16_through_a_compiler(tmp_path, monkeypatch) -> None:
+    calls = []
+    monkeypatch.setattr("tim.bench.sampling.why_no_compile", lambda device: None)
+    monkeypatch.setattr(torch, "compile", lambda model, **how: calls.append(how) or model)
+    path = tmp_path / "result.json"
+    options = ["--dtypes", "bfloat16", "--batches", "2", "--steps", "2,4", "--compile"]
+    assert main(["sampling", *options, "--json", str(path), *QUICK]) == 0
+    assert calls == [{"dynamic": False}], "once for all numbers of steps"
+    for row in json.loads(path.read_text())["rows"]:
+        assert (row["size"], row["dtype"]) == ("tiny x 2", "bfloat16")
+        assert list(row["candidates"]) == ["tim", "tim, compiled", "tim, references"]
+        assert all(1e-4 < c["error"] < 0.1 for c in row["candidates"].values())
+
+
+def test_a_network_that_cannot_be_compiled_leaves_a_note(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr("tim.bench.sampling.why_no_compile", lambda device: None)
+    monkeypatch.setattr(torch, "compile", lambda model, **_: lambda *inputs: 1 / 0)
+    path = tmp_path / "result.json"
+    options = ["--batches", "1", "--steps", "1", "--compile", "--json", str(path)]
+    assert main(["sampling", *options, *QUICK]) == 0
+    (row,) = json.loads(path.read_text())["rows"]
+    assert list(row["candidates"]) == ["tim", "tim, references"]
+    assert row["notes"] == ["tim, compiled failed: ZeroDivisionError: division by zero"]
 
 
 def test_a_step_leaves_the_weights_alone() -> None:

@@ -22,10 +22,11 @@ from tim.bench.parser import Parser
 from tim.bench.report import Row
 
 if TYPE_CHECKING:
-    from tim.bench.step import Peers
+    from tim.bench.step import Peers, StepSize
 
 OPERATION_NAMES = tuple(dict.fromkeys(operation.kernel for operation in OPERATIONS))
 DTYPES = {machine.name_of(d): d for d in (torch.float32, torch.bfloat16, torch.float16)}
+SAMPLING_STEPS = (1, 4, 16)
 _DEFAULT_DTYPES = {"cpu": ("float32", "bfloat16"), "cuda": tuple(DTYPES)}
 _STEP_DTYPES = {"cpu": ("float32",), "cuda": ("bfloat16",)}
 
@@ -103,13 +104,19 @@ def _cases(
     rivals: Rivals | None,
 ) -> list[Case]:
     """All that the options name. Raises ValueError for an unknown name, or when nothing is left."""
-    names = options.names or OPERATION_NAMES
+    names = list(options.names or (() if options.sampling else OPERATION_NAMES))
+    if options.sampling and "sampling" not in names:
+        names.append("sampling")
+    if "sampling" not in names and (options.steps or options.batches):
+        raise ValueError("--steps and --batches are of sampling, which was not asked for")
     cases = [
         case
         for name in names
         for case in (
             _networks(name, options, settings, peers)
-            if name in ("step", "sampling", "derivative")
+            if name in ("step", "derivative")
+            else _sampling(options, settings, peers)
+            if name == "sampling"
             else _overhead(options, settings)
             if name == "overhead"
             else _operations(name, options, settings, rivals)
@@ -162,16 +169,13 @@ def _case(
 def _networks(
     name: str, options: argparse.Namespace, settings: Settings, peers: Peers | None
 ) -> Iterator[Case]:
-    """Steps of training or of sampling."""
+    """Steps of training, or their derivatives alone."""
     # Imported here: operations can be measured where the model's dependencies are not installed.
     from tim.bench.derivative import DERIVATIVE_SIZES, measure_operator, measure_whole_step
-    from tim.bench.sampling import measure_sampling, sampling_sizes
     from tim.bench.step import STEP_SIZES, measure_step
 
     kind = settings.device.type
     sizes, functions = STEP_SIZES[kind], {name: measure_step}
-    if name == "sampling":
-        sizes, functions = sampling_sizes(kind), {name: measure_sampling}
     if name == "derivative":
         sizes = DERIVATIVE_SIZES[kind]
         functions = {"derivative operator": measure_operator, "derivative step": measure_whole_step}
@@ -182,9 +186,37 @@ def _networks(
         yield Case(f"{what} {size.name} {dtype}", size.name, dtype, make)
 
 
+def _sampling(
+    options: argparse.Namespace, settings: Settings, peers: Peers | None
+) -> Iterator[Case]:
+    """Whole calls of the sampler, by number of steps."""
+    from tim.bench.sampling import SamplingBench, sampling_sizes
+
+    # The step counts of a size and dtype come one after the other, and share their candidates.
+    bench = functools.lru_cache(maxsize=1)(SamplingBench)
+    kind = settings.device.type
+    for size, dtype, steps in itertools.product(
+        sampling_sizes(kind, options.batches),
+        options.dtypes or _STEP_DTYPES[kind],
+        options.steps or SAMPLING_STEPS,
+    ):
+
+        def make(size: StepSize = size, dtype: str = dtype, steps: int = steps) -> Row:
+            return bench(size, DTYPES[dtype], settings, peers).measure(steps)
+
+        yield Case(f"sampling {size.name} {dtype} {steps} steps", size.name, dtype, make)
+
+
 def _own_stream(device: torch.device) -> AbstractContextManager:
     """A side stream, for CUDA graphs cannot be captured on the default one."""
     return torch.cuda.stream(torch.cuda.Stream()) if device.type == "cuda" else nullcontext()
+
+
+def _counts(text: str) -> tuple[int, ...]:
+    values = text.split(",")
+    if not all(value.isdecimal() and int(value) for value in values):
+        raise argparse.ArgumentTypeError(f"must be positive numbers, got {text!r}")
+    return tuple(map(int, values))
 
 
 def _listed(choices: Sequence[str] | None = None) -> Callable[[str], tuple[str, ...]]:
@@ -229,7 +261,14 @@ def _parser() -> argparse.ArgumentParser:
         metavar="DIRECTION,...",
         help="forward,backward,tangent",
     )
-    add("--compile", action="store_true", help="add torch.compile of the rivals (slow to compile)")
+    add(
+        "--compile",
+        action="store_true",
+        help="add torch.compile of the rivals, and of our network when sampling (slow to compile)",
+    )
+    add("--sampling", action="store_true", help="the same as the name sampling: latency by steps")
+    add("--steps", type=_counts, metavar="N,...", help="of sampling (1,4,16)")
+    add("--batches", type=_counts, metavar="N,...", help="images of a sampling call (1 and many)")
     add("--threads", type=int, default=2, help="of a CPU (2)")
     add("--seconds", type=float, default=0.4, help="for each function of a comparison (0.4)")
     add("--json", metavar="FILE", help="write the results there")

@@ -76,8 +76,13 @@ def show_steps(result: dict) -> None:
         headings = (
             "size", "dtype", benchmark, "time", "spread", "first / this", "memory", error,
         )  # fmt: skip
+        lines = [cells for row in rows for cells in step_cells(row)]
+        if benchmark == "sampling":
+            headings = ("steps", *headings)
+            counts = [row["shape"].get("steps", 1) for row in rows for _ in row["candidates"]]
+            lines = [(str(n), *cells) for n, cells in zip(counts, lines, strict=True)]
         if rows:
-            show_table(headings, [cells for row in rows for cells in step_cells(row)])
+            show_table(headings, lines)
     for failure in (failure for run in result["runs"] for failure in run["failures"]):
         print(f"failed: {failure}")
 
