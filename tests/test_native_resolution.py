@@ -53,6 +53,67 @@ def test_latents_of_several_sizes_train_and_resume(latents, tmp_path, pack):
     assert same(weights(resumed), weights(trainer))
 
 
+def budgeted(latents, budget, multiple=1, **train):
+    settings = config(latents, True, **train)
+    data = dataclasses.replace(settings.data, token_budget=budget, budget_multiple=multiple)
+    return dataclasses.replace(settings, data=data)
+
+
+def test_a_budget_of_tokens_trains_and_resumes(latents, tmp_path):
+    """Tokens of 2 x 2 latents: 16 of the squares, 15 of the others."""
+    settings = budgeted(latents, 63, batch_size=8)
+    trainer, sizes = train(settings, tmp_path / "run")
+    tokens = [[h * w // 4 for h, w in step] for step in sizes]
+    assert max(map(sum, tokens)) <= 63 and max(map(len, tokens)) == 4
+    assert trainer.order.images_per_step == 9 / trainer.order.steps_per_epoch == 3
+    assert trainer.training_step.images == 3
+    half = budgeted(latents, 63, batch_size=8, steps=2, checkpoint_every=2)
+    train(half, tmp_path / "half")
+    resumed, rest = train(settings, tmp_path / "half", resume=True)
+    assert rest == sizes[2:]
+    assert same(weights(resumed), weights(trainer))
+
+
+def test_each_part_has_its_share_of_a_budget(latents, tmp_path):
+    parts = []
+    trainer = Trainer(budgeted(latents, 64, 2, batch_size=8, accumulate=2), tmp_path / "run")
+    backward = trainer.training_step._backward
+
+    def look(inputs):
+        parts.append([image.shape[1] * image.shape[2] // 4 for image in inputs.x])
+        return backward(inputs)
+
+    trainer.training_step._backward = look
+    trainer.train()
+    assert len(parts) == 12 and max(map(sum, parts)) <= 32
+    assert all(len(a) == len(b) for a, b in zip(parts[::2], parts[1::2], strict=True))
+
+
+def test_what_a_budget_needs_is_told(latents, tmp_path):
+    for settings, message in (
+        (
+            budgeted(latents, 15),
+            r"data\.token_budget must hold the largest image, 16 tokens, got 15",
+        ),
+        (budgeted(latents, 64, 1, accumulate=2), r"data\.budget_multiple must be .* 2 times 1 r"),
+        (
+            budgeted(latents, 64, 3),
+            r"data\.budget_multiple must .* divide train\.batch_size = 4, g",
+        ),
+    ):
+        with pytest.raises(ValueError, match=message):
+            Trainer(settings, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    with pytest.raises(ValueError, match=r"data\.token_budget needs data\.pack, got 64"):
+        DataConfig(kind="latents", path="l", token_budget=64)
+    with pytest.raises(ValueError, match=r"data\.token_budget must be at least 1, got 0"):
+        DataConfig(kind="latents", path="l", token_budget=0, pack=True)
+    with pytest.raises(
+        ValueError, match=r"data\.window must be None with data\.token_budget, got 2"
+    ):
+        DataConfig(kind="latents", path="l", token_budget=64, pack=True, window=2)
+
+
 def test_packed_batches_in_parts_and_recomputed(latents, tmp_path):
     """What memory forces on a run changes its numbers by rounding only."""
     plain, _ = train(config(latents, True, steps=2, batch_size=8), tmp_path / "plain")

@@ -166,6 +166,12 @@ class DataConfig:
     pack: bool = False
     """Put images of different sizes into one batch, as one sequence without padding (shards of tim
     encode). By default a batch is of images of one size."""
+    token_budget: int | None = None
+    """Most tokens of a packed batch, over all parts and ranks: it has as many images as fit, up to
+    train.batch_size. By default as many as that, whatever their tokens."""
+    budget_multiple: int = 1
+    """With token_budget: images of a batch are a multiple of this, and each such share of them has
+    at most its share of the budget. A multiple of train.accumulate times the number of ranks."""
     vae: str | None = None
     """Autoencoder of the latents, for tim sample; by default the one of tim encode."""
     features: str | None = None
@@ -176,7 +182,7 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         _check(self, "data", image_size=1, workers=1, cache_gb=0, max_tokens=1)
-        _check(self, "data", processes=0)
+        _check(self, "data", processes=0, budget_multiple=1)
         if self.window is not None:
             _check(self, "data", window=1)
             if self.kind in ("digits", "arrays"):
@@ -192,6 +198,14 @@ class DataConfig:
             raise ValueError(f"data.flip must be in [0, 1], got {self.flip}")
         if self.pack and self.kind != "latents":
             raise ValueError(f"data.pack needs data.kind latents, got {self.kind}")
+        if self.token_budget is not None:
+            _check(self, "data", token_budget=1)
+            if not self.pack:
+                raise ValueError(f"data.token_budget needs data.pack, got {self.token_budget}")
+            if self.window is not None:
+                raise ValueError(
+                    f"data.window must be None with data.token_budget, got {self.window}"
+                )
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 
 def ema_weight(
-    images_seen: int,
-    batch_size: int,
+    images_seen: float,
+    batch_size: float,
     *,
     decay: float,
     halflife_images: int | None = None,

@@ -86,7 +86,7 @@ class Meter:
         self.seconds += time.perf_counter() - self._since
         self.resume()
 
-    def values(self, batch_size: int) -> dict[str, float]:
+    def values(self, batch_size: float) -> dict[str, float]:
         """Means over the steps that were not skipped (nan if none), and the speed over all."""
         rate = len(self.steps) / self.seconds
         taken = [v for v in self.steps if all(map(math.isfinite, v))]

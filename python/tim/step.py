@@ -81,6 +81,8 @@ class TrainingStep:
         self.spread = spread or Spread(World(self.device))
         self.spread.waiting = lambda: self.mark(COMMUNICATION)
         train = config.train
+        #: Images of a step, on average.
+        self.images = float(train.batch_size)
         # On the device, where the host can set them for a step while earlier steps still run.
         self.lr, self.ema_weight = torch.zeros(2, device=self.device).unbind()
         self.optimizer = torch.optim.AdamW(
@@ -100,7 +102,8 @@ class TrainingStep:
             self._run = Replayed(self._steps, self.device, "train.cuda_graph")
 
     def load(self, batch: Batch, step: int) -> None:
-        """Prepare step number `step` (from 0) on a batch of `train.batch_size` images.
+        """Prepare step number `step` (from 0) on a batch of `train.batch_size` images (fewer with
+        `data.token_budget`).
 
         Of several ranks each gets its own images: of every part those that `Spread.mine` takes.
         """
@@ -108,14 +111,14 @@ class TrainingStep:
         self.lr.fill_(learning_rate(step, train))
         self.ema_weight.fill_(
             ema_weight(
-                (step + 1) * train.batch_size,
-                train.batch_size,
+                (step + 1) * self.images,
+                self.images,
                 decay=train.ema_decay,
                 halflife_images=train.ema_halflife_images,
                 rampup=train.ema_rampup,
             )
         )
-        size = train.batch_size // (train.accumulate * self.spread.world.size)
+        size = len(batch.y) // train.accumulate
         parts = [slice(part * size, (part + 1) * size) for part in range(train.accumulate)]
         pieces = [Batch(*(None if v is None else v[rows] for v in batch)) for rows in parts]
         inputs = [self._draw(piece, step, part) for part, piece in enumerate(pieces)]

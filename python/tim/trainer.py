@@ -14,6 +14,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.autograd.profiler import record_function
@@ -29,7 +30,7 @@ from tim.checkpoint import (
     set_random_states,
 )
 from tim.config import RunConfig
-from tim.data import Batch, Dataset, batches, build_dataset, make_order
+from tim.data import Batch, Dataset, batches, build_dataset, build_order
 from tim.ema import EMA
 from tim.graphs import check_device
 from tim.grid import image_grid, pixels_of, save_picture
@@ -96,9 +97,8 @@ class Trainer:
         if len(set(sizes := world.exchange(len(self.dataset)))) > 1:
             raise ValueError(f"all ranks must have the same data, got {sizes} images")
         self.config = config = fit_to_data(config, self.dataset)
-        window = config.data.window
-        self.order = make_order(self.dataset, train.batch_size, train.seed, window)
         check_spread(config, world)
+        self.order = build_order(config, self.dataset)
         self.device = world.device
         if train.cuda_graph:
             check_device(self.device, "train.cuda_graph")
@@ -119,6 +119,7 @@ class Trainer:
             self.model, self.ema, loss, config, encoder, self.text, self.spread, self.clock.mark
         )
         self.spread.collective = lambda: self.clock.begin(COMMUNICATION)
+        self.training_step.images = self.order.images_per_step
         self.parameters = self.training_step.parameters
         self.optimizer = self.training_step.optimizer
         self.step = 0
@@ -133,6 +134,10 @@ class Trainer:
         self._training = Training(self.model, self.ema.model, self.optimizer)
         self._restore()
         world.from_main(lambda: config.save(self.run / CONFIG))
+
+    def _rows(self, images: int) -> np.ndarray | None:
+        """Which of a step's images are this rank's."""
+        return self.spread.rows(images, self.config.train.accumulate)
 
     def _encoders(
         self, text: TextEncoder | None, encoder: conditions.Encoder | None
@@ -212,7 +217,8 @@ class Trainer:
         train = self.config.train
         meter = Meter()
         due = False
-        rows = self.spread.rows(train.batch_size, train.accumulate)
+        budget = self.config.data.token_budget
+        rows = self._rows(train.batch_size) if budget is None else self._rows
         self.clock.mark(DATA)
         processes = self.config.data.processes
         source = batches(self.dataset, self.order, self.step, train.steps, rows, processes)
@@ -337,7 +343,7 @@ class Trainer:
         mine = (meter.phases, peak_memory_gb(self.device), self.dataset.skipped)
         phases, memory, skipped = zip(*self.world.exchange(mine), strict=True)
         meter.phases = {name: sum(p[name] for p in phases) / len(phases) for name in phases[0]}
-        values = meter.values(self.config.train.batch_size)
+        values = meter.values(self.order.images_per_step)
         values["lr"] = learning_rate(self.step - 1, self.config.train)
         values["memory_gb"] = max(memory)
         values["skipped_steps"] = self.skipped

@@ -14,13 +14,16 @@ from tim.config import ParallelConfig
 
 
 def runs(latents: Path, **parallel) -> dict:
-    return {
-        name: dataclasses.replace(
-            config(latents, name == "packed", steps=3),
-            parallel=ParallelConfig(timeout=120, **parallel),
-        )
-        for name in ("buckets", "packed")
+    # Batches of 8 and of 4 images.
+    budget = config(latents, True, steps=3, batch_size=8)
+    data = dataclasses.replace(budget.data, token_budget=140, budget_multiple=4)
+    settings = {
+        "buckets": config(latents, False, steps=3),
+        "packed": config(latents, True, steps=3),
+        "budget": dataclasses.replace(budget, data=data),
     }
+    spread = ParallelConfig(timeout=120, **parallel)
+    return {name: dataclasses.replace(s, parallel=spread) for name, s in settings.items()}
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])

@@ -8,12 +8,16 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from tim.data.dataset import ArrayDataset, Batch, Dataset, to_float, to_uint8
 from tim.data.order import BatchOrder, WindowOrder, make_order
 from tim.data.reading import DataWorkerDied, batches
+from tim.data.token_order import TokenOrder
 
 if TYPE_CHECKING:
-    from tim.config import DataConfig
+    from tim.config import DataConfig, RunConfig
+    from tim.data.bucket_order import BucketOrder
 
 __all__ = [
     "ArrayDataset",
@@ -24,6 +28,7 @@ __all__ = [
     "WindowOrder",
     "batches",
     "build_dataset",
+    "build_order",
     "make_order",
     "to_float",
     "to_uint8",
@@ -77,4 +82,21 @@ def build_dataset(config: DataConfig, split: str = "train") -> Dataset:
         config.workers,
         # Worker processes would not share it.
         0 if config.processes else round(config.cache_gb * GIGABYTE),
+    )
+
+
+def build_order(config: RunConfig, dataset: Dataset) -> BatchOrder | BucketOrder | TokenOrder:
+    """Which images each step of a run uses; raises ValueError as the orders do."""
+    data, train = config.data, config.train
+    if data.token_budget is None:
+        return make_order(dataset, train.batch_size, train.seed, data.window)
+    sizes = dataset.sizes or [dataset.shape[1:]]
+    return TokenOrder(
+        np.zeros(len(dataset), np.int64) if dataset.size_of is None else dataset.size_of,
+        [height * width // config.model.patch_size**2 for height, width in sizes],
+        data.token_budget,
+        train.batch_size,
+        train.seed,
+        data.budget_multiple,
+        train.accumulate,
     )

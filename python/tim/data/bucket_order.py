@@ -24,6 +24,7 @@ class BucketOrder:
                 f"there must be images and batch_size at least 1, got {len(size_of)}, {batch_size}"
             )
         self.batch_size, self.seed = batch_size, seed
+        self.images_per_step = float(batch_size)
         self._members = [np.flatnonzero(size_of == size) for size in np.unique(size_of)]
         self.steps_per_epoch = sum(-(-len(m) // batch_size) for m in self._members)
         self._epoch = -1

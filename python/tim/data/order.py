@@ -21,6 +21,8 @@ class BatchOrder:
         if length < 1:
             raise ValueError(f"length must be at least 1, got {length}")
         self.length, self.batch_size, self.seed = length, batch_size, seed
+        #: On average.
+        self.images_per_step = float(batch_size)
         self._epoch = -1
         self._permutation = np.empty(0, dtype=np.int64)
 

@@ -6,11 +6,12 @@ import logging
 import multiprocessing
 import signal
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
+from typing import TypeAlias
 
 import numpy as np
 import torch
@@ -22,11 +23,15 @@ from tim.data.bucket_order import BucketOrder
 from tim.data.dataset import Batch, Dataset
 from tim.data.files import FileDataset
 from tim.data.order import BatchOrder
+from tim.data.token_order import TokenOrder
 
 #: Deaths of worker processes without a batch in between after which a run ends.
 MAX_DEATHS = 5
 #: Deaths at one image after which it counts as unreadable.
 MAX_DEATHS_AT_ONE = 2
+
+#: Which images of a batch are wanted (None: all), or that as a function of how many it has.
+Rows: TypeAlias = np.ndarray | Callable[[int], np.ndarray | None] | None
 
 
 class DataWorkerDied(RuntimeError):
@@ -38,22 +43,23 @@ class Maker:
     """Makes the batch of a step, or some rows of it; augmentation is drawn from (seed, step)."""
 
     dataset: Dataset
-    order: BatchOrder | BucketOrder
-    rows: np.ndarray | None = None
+    order: BatchOrder | BucketOrder | TokenOrder
+    rows: Rows = None
 
     def __call__(self, step: int) -> Batch:
         # The third number keeps this stream apart from the permutations' (seed, epoch).
         rng = np.random.default_rng([self.order.seed, step, 1])
-        rows = () if self.rows is None else (self.rows,)
-        return self.dataset.batch(self.order.indices(step), rng, *rows)
+        indices = self.order.indices(step)
+        rows = self.rows(len(indices)) if callable(self.rows) else self.rows
+        return self.dataset.batch(indices, rng, *(() if rows is None else (rows,)))
 
 
 def batches(
     dataset: Dataset,
-    order: BatchOrder | BucketOrder,
+    order: BatchOrder | BucketOrder | TokenOrder,
     start: int,
     stop: int,
-    rows: np.ndarray | None = None,
+    rows: Rows = None,
     processes: int = 0,
 ) -> Iterator[Batch]:
     """The batches of steps start .. stop - 1, or `rows` of each.

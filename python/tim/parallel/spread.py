@@ -243,6 +243,15 @@ def check_spread(config: RunConfig, world: World) -> None:
             f"train.batch_size must be a multiple of train.accumulate = {train.accumulate} times "
             f"{ranks} ranks, got {train.batch_size}"
         )
+    name, smallest, data = "train.batch_size", train.batch_size, config.data
+    if data.token_budget is not None:
+        name, smallest = "data.budget_multiple", data.budget_multiple
+        if smallest % (train.accumulate * ranks) or train.batch_size % smallest:
+            raise ValueError(
+                f"{name} must be a multiple of train.accumulate = "
+                f"{train.accumulate} times {ranks} ranks, and divide train.batch_size = "
+                f"{train.batch_size}, got {smallest}"
+            )
     if ranks == 1:
         return
     if train.cuda_graph:
@@ -250,13 +259,13 @@ def check_spread(config: RunConfig, world: World) -> None:
     if config.parallel.strategy == "ddp":
         return
     shard_size(config, world)
-    part = train.batch_size // train.accumulate
+    part = smallest // train.accumulate
     own = part // ranks
     first = round(config.objective.diffusion_ratio * part)
     counts = [len(range(rank, first, ranks)) for rank in (0, ranks - 1)]
     if len({(count > 0, count < own) for count in counts}) > 1:
         raise ValueError(
-            f"train.batch_size = {train.batch_size} is too small for {ranks} ranks with "
+            f"{name} = {smallest} is too small for {ranks} ranks with "
             f"train.accumulate = {train.accumulate} and objective.diffusion_ratio = "
             f"{config.objective.diffusion_ratio}: some ranks would have samples with r < t and "
             "others not, which parallel.strategy fsdp and hybrid cannot do"
