@@ -39,6 +39,7 @@ LAYERS = (
     ("checkpoint", "memory", "meter", "run_directory", "run_log", "step"),
     ("profiling",),
     ("pipeline", "presets", "service", "trainer", "evaluate", "bench"),
+    ("prompt_accuracy",),
     ("cli", "commands", "encode", "info", "__main__"),
 )
 

@@ -25,12 +25,14 @@ COMMANDS = {
         "draw a grid of samples from a run, a row for each step count",
     ),
     "evaluate": ("tim.commands.evaluate", "quality of a run's samples against the number of steps"),
+    "obeyed": ("tim.commands.obeyed", "whether a text model draws what prompts ask for"),
     "prompts": (
         "tim.commands.prompts",
         "sample the prompts of GenEval, DPG-Bench or MJHQ-30K for their scorers",
     ),
     "export": ("tim.commands.export", "weights of a run as one safetensors file"),
     "encode": ("tim.encode", "latents of a folder of images, with an autoencoder of diffusers"),
+    "dataset": ("tim.commands.dataset", "a small captioned set of pictures, from a package"),
     "bench": ("tim.bench", "times of the operations and of the training step, against PyTorch"),
     "info": ("tim.info", "versions, devices and which operations run on kernels"),
 }

