@@ -46,7 +46,7 @@ def by_sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tens
 
 def sdpa_is_faster(q: Tensor, k: Tensor) -> bool:
     """Whether `by_sdpa` was measured to take less time than our kernel."""
-    if q.device.type != "cpu" or q.dtype != torch.float32:
+    if not q.is_cpu or q.dtype != torch.float32:
         return False
     return q.shape[1] < FEW_QUERIES and k.shape[1] >= MANY_KEYS
 

@@ -155,7 +155,9 @@ def _backward(
 
 def _fake(q: Tensor, *_: object) -> tuple[Tensor, Tensor]:
     batch, tokens, heads, _ = q.shape
-    lse = torch.empty(batch, heads, tokens, dtype=torch.float32, device=q.device)
+    # Not torch.empty, which takes half a microsecond longer.
+    strides = (heads * tokens, tokens, 1)
+    lse = q.new_empty_strided((batch, heads, tokens), strides, dtype=torch.float32)
     return dispatch.empty_like(q), lse
 
 

@@ -52,7 +52,7 @@ def plain_device(*tensors: object) -> str | None:
     """Device type of ordinary dense floating-point tensors while nothing wants to see operations on
     them: no compiler, transform, mode, profiler or forward-mode derivative. None in other cases.
     """
-    if not _thread_is_idle() or forward_ad._current_level >= 0:
+    if not thread_is_free():
         return None
     try:
         if not _FLOATS.issuperset([tensor.dtype for tensor in tensors]):
@@ -65,6 +65,11 @@ def plain_device(*tensors: object) -> str | None:
     if _DENSE["cuda"].issuperset(found) and len({tensor.device for tensor in tensors}) == 1:
         return "cuda"
     return None
+
+
+def thread_is_free() -> bool:
+    """Nothing would see to operations but autograd."""
+    return forward_ad._current_level < 0 and _thread_is_idle()
 
 
 def _thread_is_idle() -> bool:

@@ -7,7 +7,10 @@ from torch import Tensor
 
 from tim.ops import _dispatch as dispatch
 from tim.ops import pairs
+from tim.ops._seen import Seen
 from tim.ops.pairs import Operand, Pair
+
+_SEEN, _GATED_SEEN = Seen(), Seen()
 
 
 def adaln(x: Operand, shift: Operand, scale: Operand, eps: float = 1e-6) -> Operand:
@@ -31,10 +34,13 @@ def adaln(x: Operand, shift: Operand, scale: Operand, eps: float = 1e-6) -> Oper
     """
     if pairs.is_pair(x, shift, scale):
         return _adaln_of_pairs(x, shift, scale, eps)
-    device = dispatch.plain_device(x, shift, scale)
+    device = _SEEN.recall(x, shift, scale)
     if device is None:
-        dispatch.check_tensors(x=x, shift=shift, scale=scale)
-    _check_modulation(x, shift=shift, scale=scale)
+        device = dispatch.plain_device(x, shift, scale)
+        if device is None:
+            dispatch.check_tensors(x=x, shift=shift, scale=scale)
+        _check_modulation(x, shift=shift, scale=scale)
+        _SEEN.note(device, x, shift, scale)
     return _ADALN(device, *dispatch.promote(x, shift, scale), eps)
 
 
@@ -60,11 +66,14 @@ def gated_adaln(
     """
     if pairs.is_pair(x, y, gate, shift, scale):
         return _gated_adaln_of_pairs(x, y, gate, shift, scale, eps)
-    device = dispatch.plain_device(x, y, gate, shift, scale)
+    device = _GATED_SEEN.recall(x, y, gate, shift, scale)
     if device is None:
-        dispatch.check_tensors(x=x, y=y, gate=gate, shift=shift, scale=scale)
-    _check_modulation(x, gate=gate, shift=shift, scale=scale)
-    dispatch.check_shape("y", y, x.shape, "that of x")
+        device = dispatch.plain_device(x, y, gate, shift, scale)
+        if device is None:
+            dispatch.check_tensors(x=x, y=y, gate=gate, shift=shift, scale=scale)
+        _check_modulation(x, gate=gate, shift=shift, scale=scale)
+        dispatch.check_shape("y", y, x.shape, "that of x")
+        _GATED_SEEN.note(device, x, y, gate, shift, scale)
     return _GATED_ADALN(device, *dispatch.promote(x, y, gate, shift, scale), eps)
 
 

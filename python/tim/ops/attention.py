@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import operator
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +17,7 @@ from tim.ops import _attention_kernels as kernels
 from tim.ops import _dispatch as dispatch
 from tim.ops import pairs
 from tim.ops._attention_tiled import tiled_tangent
+from tim.ops._seen import Seen
 from tim.ops._table import recall
 from tim.ops.pairs import Operand, Pair
 
@@ -23,6 +25,9 @@ BACKENDS = ("auto", "kernel", "sdpa", "flash_attn", "reference")
 #: Who computes the forward pass where our kernels run: the fastest that was measured on a CPU
 #: (docs/attention.md). On a GPU nothing was measured yet, and PyTorch's is taken.
 FASTEST_FORWARD = {"cpu": "kernel", "cuda": "sdpa"}
+#: cu_seqlens of queries and keys, and upper bounds of the lengths; None where nothing is packed.
+Packing = tuple[Tensor, Tensor, int, int] | None
+_SEEN = Seen()
 
 
 def attention(
@@ -70,26 +75,22 @@ def attention(
     Source: Vaswani et al. (arXiv 1706.03762), eq. 1; the tangent follows by differentiation. The
     forward and backward passes in tiles: Dao et al. (arXiv 2205.14135).
     """
-    paired = pairs.is_pair(q, k, v)
-    if paired:
-        primals, tangents = pairs.split_promoted(q, k, v)
-        if dispatch.product_dtype(primals[0]) != primals[0].dtype:
-            primals, tangents = pairs.split(*_for_products(*pairs.join(primals, tangents)))
-        device = dispatch.plain_device(*primals, *[t for t in tangents if t is not None])
-        operands = None
+    if backend not in BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
+    bounds = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+    device = _SEEN.recall(q, k, v) if bounds.count(None) == 4 else None
+    if device is not None:
+        operands = primals = (q, k, v)
+        tangents = packing = None
     else:
-        device = dispatch.plain_device(q, k, v)
-        if device is None:
-            dispatch.check_tensors(q=q, k=k, v=v)
-        operands = _for_products(*dispatch.promote(q, k, v))
-        primals, tangents = dispatch.split_tangents(*operands)
+        device, operands, primals, tangents = _operands(q, k, v)
+        _check(*primals)
+        packing = _packing(*primals[:2], *bounds)
+        _note(device, (q, k, v), primals, packing)
     scale = 1 / math.sqrt(primals[0].shape[-1]) if scale is None else float(scale)
-    _check(*primals, backend)
-    packing = _packing(*primals[:2], cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     source = _choose(device, primals, tangents, packing, backend)
     if source == "reference":
         offsets = () if packing is None else packing[:2]
-        operands = pairs.join(primals, tangents) if operands is None else operands
         out = pairs.lift(lambda q, k, v: attention_reference(q, k, v, scale, *offsets), *operands)
         return out if isinstance(out, Pair) else dispatch.drop_tangent_graph(out)
     if source != "pytorch":
@@ -100,7 +101,7 @@ def attention(
         out, t_out = _each_sequence(primals, tangents, packing, scale, backend)
     if t_out is None:
         return out
-    return Pair(out, t_out) if paired else dispatch.make_dual(out, t_out)
+    return Pair(out, t_out) if pairs.is_pair(q, k, v) else dispatch.make_dual(out, t_out)
 
 
 def attention_reference(
@@ -124,6 +125,34 @@ def attention_reference(
     return torch.einsum("bhnm,bmhd->bnhd", weights, v).contiguous()
 
 
+def _operands(
+    q: Operand, k: Operand, v: Operand
+) -> tuple[str | None, tuple, tuple[Tensor, ...], tuple[Tensor | None, ...] | None]:
+    """`plain_device`, the operands in the dtype of the result, their primals and tangents."""
+    if pairs.is_pair(q, k, v):
+        primals, tangents = pairs.split_promoted(q, k, v)
+        operands = pairs.join(primals, tangents)
+        if dispatch.product_dtype(primals[0]) != primals[0].dtype:
+            operands = _for_products(*operands)
+            primals, tangents = pairs.split(*operands)
+        device = dispatch.plain_device(*primals, *[t for t in tangents if t is not None])
+        return device, operands, primals, tangents
+    device = dispatch.plain_device(q, k, v)
+    if device is None:
+        dispatch.check_tensors(q=q, k=k, v=v)
+    operands = _for_products(*dispatch.promote(q, k, v))
+    return device, operands, *dispatch.split_tangents(*operands)
+
+
+def _note(device: str | None, given: tuple, taken: tuple[Tensor, ...], packing: Packing) -> None:
+    """That tensors like those given pass every check and are taken as they are."""
+    # Autocast's dtype is nothing that guards compare.
+    if device is None or packing is not None or torch.is_autocast_enabled(device):
+        return
+    if all(map(operator.is_, given, taken)):
+        _SEEN.note(device, *taken)
+
+
 def _for_products(*operands: Operand) -> tuple[Operand, ...]:
     """Operands in the dtype that autocast gives to products."""
     first = operands[0].primal if isinstance(operands[0], Pair) else operands[0]
@@ -139,13 +168,7 @@ def _sequence(cu_seqlens: Tensor, packed: Tensor) -> Tensor:
     return torch.bucketize(rows, cu_seqlens[1:], right=True)
 
 
-#: cu_seqlens of queries and keys, and upper bounds of the lengths; None where nothing is packed.
-Packing = tuple[Tensor, Tensor, int, int] | None
-
-
-def _check(q: Tensor, k: Tensor, v: Tensor, backend: str) -> None:
-    if backend not in BACKENDS:
-        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
+def _check(q: Tensor, k: Tensor, v: Tensor) -> None:
     if q.dim() != 4:
         raise ValueError(f"q must have shape [B, N, H, D], got {list(q.shape)}")
     batch, _, heads, head_dim = q.shape
@@ -221,7 +244,8 @@ def _choose(
     if backend == "auto" and reason is not None:
         source = "sdpa"
     elif backend == "auto":
-        source = FASTEST_FORWARD[primals[0].device.type] if packing is None else "kernel"
+        place = device or primals[0].device.type
+        source = FASTEST_FORWARD[place] if packing is None else "kernel"
         if packing is None and not moving and forward.sdpa_is_faster(*primals[:2]):
             source = "sdpa"
     if source == "flash_attn" and reason is None:

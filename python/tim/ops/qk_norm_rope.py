@@ -7,8 +7,10 @@ from torch import Tensor
 
 from tim.ops import _dispatch as dispatch
 from tim.ops import pairs
+from tim.ops._seen import Seen
 from tim.ops.pairs import Operand, Pair
 
+_SEEN = Seen()
 _TABLES = ("q_weight", "q_bias", "k_weight", "k_bias", "cos", "sin")
 
 
@@ -91,6 +93,9 @@ def _norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
 
 def _check(qkv: Tensor, *tables: Tensor) -> str | None:
     """Raises what the docstring promises; returns `plain_device` of the tensors."""
+    device = _SEEN.recall(qkv, *tables)
+    if device is not None:
+        return device
     device = dispatch.plain_device(qkv, *tables)
     if device is None:
         dispatch.check_tensors(qkv=qkv, **dict(zip(_TABLES, tables, strict=True)))
@@ -103,6 +108,7 @@ def _check(qkv: Tensor, *tables: Tensor) -> str | None:
             dispatch.check_shape(name, table, row, "[D]")
         for name, table in zip(_TABLES[4:], tables[4:], strict=True):
             dispatch.check_shape(name, table, angles, "[N, D]")
+    _SEEN.note(device, qkv, *tables)
     return device
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import operator
+from collections import defaultdict
 from typing import NamedTuple
 
 import torch
@@ -9,9 +11,12 @@ import torch.nn.functional as F_
 from torch import Tensor
 
 from tim.ops import _dispatch as dispatch
+from tim.ops._seen import Seen
 
 #: Added to the error before it is inverted into the adaptive weight (value of the released code).
 ADAPTIVE_EPS = 1e-5
+#: By which of the tensors are absent.
+_SEEN: defaultdict[tuple[bool, ...], Seen] = defaultdict(Seen)
 
 
 class TransitionLossTerms(NamedTuple):
@@ -64,21 +69,25 @@ def transition_loss(
     Source: TiM (arXiv 2509.04394), the transition identity and its objective in sec. 3; the
     coefficients of each transport are those of `tim.transports`.
     """
-    terms = _terms(derivative, guidance)
-    device = _check(F, x, z, coefficients, terms, epsilon, time_weight)
-    dispatch.refuse_tangents("transition_loss", F, x, z, coefficients, *terms)
+    given = (F, x, z, coefficients, *_terms(derivative, guidance), time_weight)
+    if given[5] is not None and (epsilon is None or not epsilon > 0):
+        raise ValueError(f"epsilon must be positive with (F_plus, F_minus), got {epsilon}")
+    present = [tensor for tensor in given if tensor is not None]
+    seen = _SEEN[tuple([tensor is None for tensor in given])]
+    device = seen.recall(*present)
+    if device is None:
+        device = _check(*given)
+        dispatch.refuse_tangents("transition_loss", *given)
+        taken = _taken(*given)
+        if all(map(operator.is_, taken, given)):
+            seen.note(device, *present)
+        given = taken
+    *tensors, time_weight = given
     if time_weight is None:
         time_weight = torch.ones(F.shape[0], device=F.device)
-    data = torch.promote_types(F.dtype, x.dtype) if x.dtype != F.dtype else F.dtype
-    data = torch.promote_types(data, z.dtype) if z.dtype != data else data
-    if x.dtype != data or z.dtype != data:
-        x, z = x.to(data), z.to(data)
-    terms = [t if t is None or t.dtype == F.dtype else t.to(F.dtype) for t in terms]
-    constants = (x, z, coefficients, *terms, time_weight)
-    if device is None or torch._C._any_requires_grad(*constants):  # dynamo cannot ask
-        constants = [None if tensor is None else tensor.detach() for tensor in constants]
-    epsilon = 0.0 if terms[1] is None else epsilon
-    return TransitionLossTerms(*_TRANSITION_LOSS(device, F, *constants, epsilon, cosine))
+    epsilon = 0.0 if tensors[5] is None else epsilon
+    results = _TRANSITION_LOSS(device, *tensors, time_weight, epsilon, cosine)
+    return TransitionLossTerms(*results)
 
 
 def _no_kernel_for(F: Tensor, x: Tensor, *_: object) -> str | None:
@@ -114,18 +123,37 @@ def _terms(derivative, guidance) -> tuple[Tensor | None, ...]:
     return d, d_minus, cond, null
 
 
-def _check(F, x, z, coefficients, terms, epsilon, time_weight) -> str | None:
+def _taken(F: Tensor, x: Tensor, z: Tensor, *others: Tensor | None) -> tuple[Tensor | None, ...]:
+    """All inputs in the dtypes in which the operation takes them, no gradient but F's."""
+    coefficients, *terms, time_weight = others
+    data = torch.promote_types(torch.promote_types(F.dtype, x.dtype), z.dtype)
+    x, z = x.to(data), z.to(data)
+    terms = [None if term is None else term.to(F.dtype) for term in terms]
+    constants = (x, z, coefficients, *terms, time_weight)
+    return F, *[
+        tensor.detach() if tensor is not None and tensor.requires_grad else tensor
+        for tensor in constants
+    ]
+
+
+def _check(
+    F: Tensor,
+    x: Tensor,
+    z: Tensor,
+    coefficients: Tensor,
+    d: Tensor | None,
+    d_minus: Tensor | None,
+    cond: Tensor | None,
+    null: Tensor | None,
+    time_weight: Tensor | None,
+) -> str | None:
     """Raises what the docstring promises; returns `plain_device` of the tensors."""
-    d, d_minus, cond, null = terms
-    given = [t for t in (F, x, z, coefficients, *terms, time_weight) if t is not None]
-    device = dispatch.plain_device(*given)
+    names = ("F", "x", "z", "coefficients", "derivative", "F_minus", "F_cond", "F_null")
+    tensors = (F, x, z, coefficients, d, d_minus, cond, null, time_weight)
+    device = dispatch.plain_device(*[tensor for tensor in tensors if tensor is not None])
     if device is None:
-        names = ("derivative", "F_minus", "F_cond", "F_null", "time_weight")
-        named = zip(names, (*terms, time_weight), strict=True)
-        dispatch.check_tensors(
-            F=F, x=x, z=z, coefficients=coefficients,
-            **{name: tensor for name, tensor in named if tensor is not None},
-        )  # fmt: skip
+        named = zip((*names, "time_weight"), tensors, strict=True)
+        dispatch.check_tensors(**{n: tensor for n, tensor in named if tensor is not None})
     shape = F.shape
     if len(shape) != 4:
         raise ValueError(f"F must have shape [B, C, H, W], got {list(shape)}")
@@ -142,8 +170,6 @@ def _check(F, x, z, coefficients, terms, epsilon, time_weight) -> str | None:
         )
     if d_minus is not None:
         dispatch.check_shape("F_minus", d_minus, d.shape, "that of F_plus")
-        if epsilon is None or not epsilon > 0:
-            raise ValueError(f"epsilon must be positive with (F_plus, F_minus), got {epsilon}")
     return device
 
 
@@ -200,7 +226,7 @@ def _forward(
         for tensor in (F, x, z, d, d_minus, cond, null)
     ]
     table, time_weight = dispatch.float32(coefficients), dispatch.float32(time_weight)
-    target = dispatch.empty_like(x)
+    target = torch.empty_like(arrays[1])
     loss, denoising = torch.empty_like(time_weight), torch.empty_like(time_weight)
     weight = torch.empty_like(time_weight)
     if F.numel():
