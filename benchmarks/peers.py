@@ -44,7 +44,8 @@ class TimeEmbedder(nn.Module):
     def forward(self, t: Tensor) -> Tensor:
         steps = torch.arange(128, dtype=torch.float32, device=t.device)
         angles = t[:, None] * torch.exp(-math.log(10000) * steps / 128)
-        return self.mlp(torch.cat([angles.cos(), angles.sin()], dim=-1))
+        embedded = torch.cat([angles.cos(), angles.sin()], dim=-1)
+        return self.mlp(embedded.to(self.mlp[0].weight.dtype))
 
 
 class Attention(nn.Module):

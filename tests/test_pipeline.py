@@ -181,6 +181,15 @@ def test_kinds_of_output(labels):
     assert len(several) == 6
 
 
+def test_progress_bar_counts_the_steps(labels, capsys):
+    options = {"class_labels": 1, "num_inference_steps": 3, "output_type": "latent"}
+    labels(**options)
+    assert capsys.readouterr().err == ""
+    labels.set_progress_bar_config(disable=False)
+    labels(**options)
+    assert "3/3" in capsys.readouterr().err
+
+
 def test_callback_may_replace_the_latents(labels):
     options = {"class_labels": 1, "num_inference_steps": 2, "output_type": "latent"}
 

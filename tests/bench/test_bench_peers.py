@@ -40,6 +40,18 @@ def test_the_peer_is_the_same_network(setup) -> None:
     torch.testing.assert_close(plain(*inputs), expected, rtol=1e-4, atol=1e-5)
 
 
+def test_the_peer_samples_in_bfloat16(setup) -> None:
+    inputs = (torch.randn(10, 4, 8, 8), setup.t, setup.r, setup.y)
+    exact = setup.model(*inputs)
+    plain = networks(setup, False)["public"].to(torch.bfloat16)
+    out = plain(inputs[0].bfloat16(), *inputs[1:])
+    assert out.dtype == torch.bfloat16
+    # As far from float32 as our own network in that dtype, within a factor.
+    own = setup.model.to(torch.bfloat16)(*inputs)
+    error, rounding = ((x.float() - exact).norm() for x in (out, own))
+    assert 0 < error < 3 * rounding
+
+
 @pytest.mark.parametrize("kind", ["dde", "jvp"])
 def test_the_peer_takes_the_same_step(setup, kind) -> None:
     plain = PlainTiM(setup.model.config)

@@ -13,6 +13,9 @@ from small_encoders import autoencoder_dc, gemma, saved, tokenizer
 from tim.cli import parse
 from tim.cli import run as command
 from tim.commands.evaluate import Evaluate, _by_classifier
+from tim.data.digits import digits
+from tim.evaluate.networks import PACKAGE, Inception
+from tim.evaluate.scores import kid
 from tim.models import TiMConfig
 from tim.pipeline import TiMPipeline
 from tim.trainer import Trainer
@@ -85,6 +88,24 @@ def test_run_against_its_own_images(run, capsys):
     named = [name for name, pairs in written["not_better"].items() if pairs]
     assert out.count("2 steps were no better than 1") == len(named)
     assert (run / "evaluation" / "evaluation.png").is_file()
+
+
+def test_inception_measures_a_run_from_end_to_end(run, tmp_path, capsys):
+    """With the real network; so few pictures say something to KID alone."""
+    pytest.importorskip(PACKAGE)
+    flags = ["--features", "inception", "--metrics", "kid", "--steps", "1", "--samples", "4"]
+    flags += ["--reference-images", "4", "--out", str(tmp_path), "--npz", "--device", "cpu"]
+    assert command(["evaluate", str(run), *flags]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "4 samples against 4 of test images of the run" in shown
+    (row,) = json.loads((tmp_path / "evaluation.json").read_text())["rows"]
+    network = Inception()
+    with np.load(tmp_path / "samples-steps-1.npz") as archive:
+        samples = network(torch.from_numpy(archive["arr_0"]).permute(0, 3, 1, 2))
+    held_out = digits("test")
+    chosen = held_out.images[np.arange(4) * len(held_out.images) // 4]
+    real = network((chosen * 127.5 + 127.5).round().to(torch.uint8))
+    assert row["kid"] == pytest.approx(kid(real, samples)[0], rel=1e-3)
 
 
 def test_text_model_against_a_folder_with_clip_score(text, tmp_path, capsys):
