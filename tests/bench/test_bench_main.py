@@ -204,6 +204,8 @@ def test_sampling_is_measured_by_number_of_steps(tmp_path, capsys, monkeypatch) 
     assert taken == {(1, 1), (1, 3), (10, 1), (10, 3)}
     shown = capsys.readouterr().out
     assert "steps" in shown and "tiny x 10" in shown and "derivative error" not in shown
+    summary.show(json.loads(path.read_text()))
+    assert "tiny x 10" in capsys.readouterr().out
 
 
 def test_sampling_in_bfloat16_through_a_compiler(tmp_path, monkeypatch) -> None:

@@ -34,7 +34,7 @@ def show(result: dict) -> None:
     """Print the short table of a result document."""
     groups: dict[tuple, list[dict]] = {}
     for row in result["rows"]:
-        if row["direction"] != "step" and row["size"] != FEW.name:
+        if row["benchmark"] not in table.STEPS and row["size"] != FEW.name:
             key = row["benchmark"], row["direction"], row["dtype"]
             groups.setdefault(key, []).append(row)
     if groups:

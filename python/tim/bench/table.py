@@ -13,7 +13,7 @@ _OPERATION_HEADINGS = (
 #: Candidates that have columns of the table of operations.
 _USUAL = {"tim", "reference", "compile"}
 #: Whole steps by benchmark, and what their errors are of.
-_STEPS = {
+STEPS = {
     "step": "derivative error", "sampling": "error", "training": "derivative error",
     "derivative operator": "error", "derivative step": "derivative error",
 }  # fmt: skip
@@ -25,7 +25,7 @@ def show(result: dict) -> None:
     print(f"{machine['name']}, {machine['threads']} threads, torch {machine['torch']}")
     for run in result["runs"]:
         print(limits_line(run))
-    operations = [row for row in result["rows"] if row["benchmark"] not in _STEPS]
+    operations = [row for row in result["rows"] if row["benchmark"] not in STEPS]
     if operations:
         lines = [operation_cells(row, _matmul_rate(result, row)) for row in operations]
         show_table(_OPERATION_HEADINGS, lines)
@@ -44,7 +44,7 @@ def show_rivals(result: dict) -> None:
     rows = [
         row
         for row in result["rows"]
-        if row["benchmark"] not in _STEPS and set(row["candidates"]) - _USUAL
+        if row["benchmark"] not in STEPS and set(row["candidates"]) - _USUAL
     ]
     headings = (
         "operation", "size", "dtype", "direction", "by", "time", "spread", "first / this",
@@ -71,7 +71,7 @@ def rival_cells(row: dict) -> list[tuple[str, ...]]:
 
 def show_steps(result: dict) -> None:
     """Print the whole steps of a document and what failed in its runs."""
-    for benchmark, error in _STEPS.items():
+    for benchmark, error in STEPS.items():
         rows = [row for row in result["rows"] if row["benchmark"] == benchmark]
         headings = (
             "size", "dtype", benchmark, "time", "spread", "first / this", "memory", error,
