@@ -15,17 +15,20 @@ MODEL = TiMConfig(
     encoder_depth=1, num_classes=2, lora_hidden_size=8,
 )  # fmt: skip
 
+CAPTIONS = ("red", "a green dog", "blue cat")
 
-def latents_of_several_sizes(path: Path) -> Path:
-    """Latents of square, tall and wide pictures."""
+
+def latents_of_several_sizes(path: Path, captions: bool = False) -> Path:
+    """Latents of square, tall and wide pictures, of two classes or with captions."""
     for i in range(9):
         height, width = ((20, 20), (40, 20), (20, 36))[i % 3]
         file = path / "images" / f"class{i % 2}" / f"{i}.png"
         file.parent.mkdir(parents=True, exist_ok=True)
         picture(i, height, width).save(file)
+        file.with_suffix(".txt").write_text(f"{'a photo of ' * (i % 2)}{CAPTIONS[i % 3]}")
     vae = saved(path / "vae", autoencoder_kl())
     flags = ["--vae", vae, "--out", path / "latents", "--image-size", 16, "--max-aspect", 2,
-             "--patch-size", 2]  # fmt: skip
+             "--patch-size", 2, *(["--captions", "txt"] if captions else [])]  # fmt: skip
     assert run(["encode", str(path / "images"), *map(str, flags)]) == 0
     return path / "latents"
 

@@ -72,7 +72,7 @@ def _train(command: Train) -> int:
         # SIGTERM: what the scheduler wants is a clean end.
         return 0
     # Latents have more channels than a picture and no decoder here.
-    pictures = trainer.dataset.shape[0] in (1, 3)
+    pictures = trainer.config.model.in_channels in (1, 3)
     hint = f"; to look at it: tim sample {command.run}" if pictures else ""
     tell(f"trained {trainer.step} steps{hint}")
     return 0
