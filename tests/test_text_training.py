@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import warnings
 
 import numpy as np
 import pytest
@@ -247,3 +248,20 @@ def test_tar_files_and_unreadable_samples(tmp_path):
         text.unlink()
     with pytest.raises(ValueError, match=r"none of the 4 images in .* can be read; cats/1.png: "):
         ImageDataset(folder, 8, captions="txt")
+
+
+def test_long_captions_are_cut_counted_and_told_once(pictures, encoder, tmp_path, capfd):
+    (pictures / "red.txt").write_text("a photo of red " * 5)
+    settings = config(pictures, encoder, steps=4, log_every=2)
+    data = dataclasses.replace(settings.data, max_tokens=6)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        trainer = Trainer(dataclasses.replace(settings, data=data), tmp_path / "run")
+        trainer.train()
+    told = capfd.readouterr()
+    text = told.out + told.err
+    assert text.count("captions have more than 6 tokens and are cut, the first being 'a ph") == 1
+    records = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").open()]
+    # Every step has each picture twice, and different captions are encoded once.
+    assert [r["cut_captions"] for r in records if "denoising" in r] == [2, 4]
+    assert trainer.cut_captions == 4

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +43,8 @@ class TextEncoder:
             raise ValueError(f"max_tokens must be at least 1, got {max_tokens}")
         self.model, self.tokenizer = model, tokenizer
         self.max_tokens, self.escape = max_tokens, escape
+        #: What is done with a message about captions that are cut, and how many they are.
+        self.tell_cut: Callable[[str, int], None] = _warn
 
     @classmethod
     def load(
@@ -88,14 +90,16 @@ class TextEncoder:
             ValueError: captions is empty, or `tokens` is less than their length or more than
                 max_tokens.
         """
-        ids, mask = self.tokenize(captions, tokens)
+        ids, mask = self.tokenize(captions, tokens, tell=True)
         return self.states(ids.to(self.device), mask.to(self.device))
 
     def longest(self, captions: Sequence[str]) -> int:
         """Length M that a batch of captions is padded to."""
         return self.tokenize(captions)[0].shape[1]
 
-    def tokenize(self, captions: Sequence[str], tokens: int | None = None) -> tuple[Tensor, Tensor]:
+    def tokenize(
+        self, captions: Sequence[str], tokens: int | None = None, tell: bool = False
+    ) -> tuple[Tensor, Tensor]:
         """Token numbers and mask (1 for tokens of the caption, 0 for padding), int64 [B, M]."""
         if isinstance(captions, str) or not all(isinstance(c, str) for c in captions):
             raise TypeError(f"captions must be a sequence of strings, got {captions!r:.80}")
@@ -103,11 +107,12 @@ class TextEncoder:
             raise ValueError("captions must not be empty")
         texts = [escaped(c) if self.escape else c for c in captions]
         lengths = [len(row) for row in self.tokenizer(texts, verbose=False)["input_ids"]]
-        if long := [i for i, length in enumerate(lengths) if length > self.max_tokens]:
-            warnings.warn(
+        long = [i for i, length in enumerate(lengths) if length > self.max_tokens]
+        if long and tell:
+            self.tell_cut(
                 f"{len(long)} of {len(captions)} captions have more than {self.max_tokens} tokens "
                 f"and are cut, the first being {captions[long[0]]!r:.60}",
-                stacklevel=2,
+                len(long),
             )
         longest = max(1, min(max(lengths), self.max_tokens))
         if tokens is not None and not longest <= tokens <= self.max_tokens:
@@ -151,6 +156,10 @@ class TextEncoder:
     def null(self, batch: int, tokens: int) -> Tensor:
         """Features [batch, tokens, K] of the empty caption, the null condition of guidance."""
         return self([""], tokens).expand(batch, -1, -1)
+
+
+def _warn(message: str, count: int) -> None:
+    warnings.warn(message, stacklevel=4)
 
 
 def load_text_model(name: str) -> tuple[nn.Module, Any]:

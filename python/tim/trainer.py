@@ -100,6 +100,8 @@ class Trainer:
         check_spread(config, world)
         self.order = build_order(config, self.dataset)
         self.device = world.device
+        #: Captions that were too long, and what is still to be told about the first of them.
+        self.cut_captions, self._cut = 0, ""
         if train.cuda_graph:
             check_device(self.device, "train.cuda_graph")
         self.text, encoder = world.together(lambda: self._encoders(text, encoder))
@@ -145,7 +147,14 @@ class Trainer:
         text = text or conditions.text_encoder(self.config, self.device)
         encoder = encoder or conditions.feature_encoder(self.config, self.device)
         conditions.check(self.config, self.dataset, text, encoder, self.device)
+        if text is not None:
+            text.tell_cut = self._count_cut
         return text, encoder
+
+    def _count_cut(self, message: str, count: int) -> None:
+        if not self.cut_captions:
+            self._cut = message
+        self.cut_captions += count
 
     def _claim(self, resume: bool) -> None:
         """Make the directory this run's, before anything in it is touched."""
@@ -347,6 +356,11 @@ class Trainer:
         values["lr"] = learning_rate(self.step - 1, self.config.train)
         values["memory_gb"] = max(memory)
         values["skipped_steps"] = self.skipped
+        if self.cut_captions:
+            values["cut_captions"] = self.cut_captions
+        if self._cut:
+            log.note(f"{self._cut} (data.max_tokens); the log counts them as cut_captions")
+            self._cut = ""
         log.scalars(self.step, values)
         log.skipped_files(self.step, {name: why for part in skipped for name, why in part.items()})
 
