@@ -177,6 +177,9 @@ class DataConfig:
     features: str | None = None
     """Encoder of features for the projection loss, for images of pixels: of transformers, or
     package.module:attribute. Latents bring theirs."""
+    feature_files: str | None = None
+    """Folder of features computed beforehand, a .safetensors file for each image (folder, and
+    latents of a file for each image)."""
     cache_gb: float = 2.0
     """Keep decoded images in memory when all of them fit in so many gigabytes (folder)."""
 
@@ -198,6 +201,13 @@ class DataConfig:
             raise ValueError(f"data.flip must be in [0, 1], got {self.flip}")
         if self.pack and self.kind != "latents":
             raise ValueError(f"data.pack needs data.kind latents, got {self.kind}")
+        if self.feature_files is not None:
+            if self.kind not in ("folder", "latents"):
+                raise ValueError(
+                    f"data.feature_files needs data.kind folder or latents, got {self.kind}"
+                )
+            if self.features is not None:
+                raise ValueError("give one of data.features and data.feature_files, got both")
         if self.token_budget is not None:
             _check(self, "data", token_budget=1)
             if not self.pack:

@@ -57,11 +57,21 @@ def build_dataset(config: DataConfig, split: str = "train") -> Dataset:
         return arrays(config.path, split, config.flip)
     if split == "test":
         raise ValueError(f"{config.path}: data.kind {config.kind} has no test split")
+    features = None
+    if config.feature_files is not None:
+        from tim.data.feature_files import FeatureFiles
+
+        features = FeatureFiles(config.feature_files, config.flip)
     if config.kind == "latents":
         from tim.data.latents import open_latents
 
-        return open_latents(config.path, config.flip, config.pack)
-    if config.captions or any(Path(config.path).glob("*.tar")) or config.path.endswith(".tar"):
+        return open_latents(config.path, config.flip, config.pack, features)
+    if (
+        config.captions
+        or features
+        or any(Path(config.path).glob("*.tar"))
+        or config.path.endswith(".tar")
+    ):
         from tim.data.images import ImageDataset
 
         return ImageDataset(
@@ -71,6 +81,7 @@ def build_dataset(config: DataConfig, split: str = "train") -> Dataset:
             config.flip,
             config.workers,
             config.captions,
+            features,
         )
     from tim.data.folder import GIGABYTE, FolderDataset
 

@@ -12,12 +12,18 @@ from torch import Tensor, nn
 
 from tim.autoencoder import decode, load_autoencoder
 from tim.data.dataset import Batch, Dataset, to_uint8
+from tim.data.feature_files import FeatureFiles
 from tim.data.shards import INDEX_FILE, Index, read_about, shard_path
 
 EVERY_ROW = slice(None)
 
 
-def open_latents(path: str | Path, flip: float = 0.5, packed: bool = False) -> Dataset:
+def open_latents(
+    path: str | Path,
+    flip: float = 0.5,
+    packed: bool = False,
+    features: FeatureFiles | None = None,
+) -> Dataset:
     """The latents in a folder: shards of `tim encode`, or one .safetensors file for each image.
 
     Raises FileNotFoundError for a path that is no folder, ValueError for anything else in it, or
@@ -27,10 +33,15 @@ def open_latents(path: str | Path, flip: float = 0.5, packed: bool = False) -> D
     if not path.is_dir():
         raise FileNotFoundError(f"data.path: {path} is not a folder")
     if (path / INDEX_FILE).is_file():
+        if features is not None:
+            raise ValueError(
+                f"data.feature_files must be None for shards of tim encode, which bring features "
+                f"of tim encode --features, got {features.path}"
+            )
         return LatentShards(path, flip, packed)
     if packed:
         raise ValueError(f"data.pack needs shards of tim encode, got other files in {path}")
-    return LatentFiles(path, flip)
+    return LatentFiles(path, flip, features)
 
 
 class LatentShards(Dataset):
@@ -161,15 +172,19 @@ class LatentFiles(Dataset):
 
     `path` holds a folder for each class, with files of `latent` [2, C, H, W] (as it was, and
     mirrored) and `label`. A file that cannot be read, or is of another shape than the first, is
-    noted in `skipped` when it is met, and the next one in sorted order takes its place.
+    noted in `skipped` when it is met, and the next one in sorted order takes its place; so is one
+    whose `features` cannot be read.
 
     Raises ValueError when there is no such file.
     """
 
     prefetch = 2
 
-    def __init__(self, path: str | Path, flip: float = 0.5) -> None:
+    def __init__(
+        self, path: str | Path, flip: float = 0.5, features: FeatureFiles | None = None
+    ) -> None:
         self.path, self.flip = Path(path), flip
+        self.features, self.has_features = features, features is not None
         self.files = sorted(
             str(file.relative_to(self.path)) for file in self.path.rglob("*.safetensors")
         )
@@ -198,11 +213,17 @@ class LatentFiles(Dataset):
     ) -> Batch:
         mirrored = (rng.random(len(indices)) < self.flip)[rows].astype(int)
         found = [self._readable(int(index)) for index in indices[rows]]
-        latents = [both[side].float() for (both, _), side in zip(found, mirrored, strict=True)]
-        return Batch(torch.stack(latents), torch.tensor([label for _, label in found]))
+        latents, labels, features = zip(*found, strict=True)
 
-    def _readable(self, index: int) -> tuple[Tensor, int]:
-        """Latents and label of the first readable file from `index` on."""
+        def sides(pairs: tuple[Tensor, ...]) -> Tensor:
+            return torch.stack([p[side].float() for p, side in zip(pairs, mirrored, strict=True)])
+
+        return Batch(
+            sides(latents), torch.tensor(labels), sides(features) if self.has_features else None
+        )
+
+    def _readable(self, index: int) -> tuple[Tensor, int, Tensor | None]:
+        """Latents, label and features of the first readable file from `index` on."""
         for candidate in [*range(index, len(self.files)), *range(index)]:
             if candidate in self._skipped:
                 continue
@@ -217,13 +238,13 @@ class LatentFiles(Dataset):
             f"none of the {len(self.files)} files in {self.path} can be read; {first}: {reason}"
         )
 
-    def _read(self, index: int) -> tuple[Tensor, int]:
+    def _read(self, index: int) -> tuple[Tensor, int, Tensor | None]:
         with safe_open(self.path / self.files[index], framework="pt") as file:
             latent, label = file.get_tensor("latent"), int(file.get_tensor("label"))
         if latent.dim() != 4 or latent.shape[0] != 2 or self.shape not in (None, latent.shape[1:]):
             expected = "[2, C, H, W]" if self.shape is None else [2, *self.shape]
             raise ValueError(f"latent must have shape {expected}, got {list(latent.shape)}")
-        return latent, label
+        return latent, label, self.features.read(self.files[index]) if self.features else None
 
     def _classes_of_labels(self) -> int:
         """For files that lie in no folders."""
