@@ -139,6 +139,22 @@ def test_a_compiled_network_is_called(labels, monkeypatch):
     assert compiled == [(labels.transformer, {"dynamic": False})]
 
 
+@pytest.mark.slow
+def test_a_compiled_network_gives_the_same_pictures():
+    pipe = TiMPipeline(network(dataclasses.replace(LABELS, in_channels=1)))
+    pipe.set_progress_bar_config(disable=True)
+    options = {
+        "class_labels": [3, 7], "latents": noise(2, 1, 8, 8), "num_inference_steps": 4,
+        "guidance_scale": 2.0, "output_type": "latent",
+    }  # fmt: skip
+    expected = pipe(**options).images
+    torch._dynamo.reset()
+    pipe.accelerate(compile=True)
+    torch._dynamo.utils.counters.clear()
+    torch.testing.assert_close(pipe(**options).images, expected, rtol=1e-4, atol=1e-5)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
+
+
 def test_shift_of_the_times(labels):
     z, seen = noise(1, 4, 8, 8), []
 
