@@ -7,7 +7,8 @@ Weights are random and pictures are not decoded. On a CPU memory is the growth o
 largest resident set from the loaded weights to the end of the step; on a GPU that of the caching
 allocator. It holds what sampling needs beside the weights, which are counted apart.
 Blocks run one after the other in the same memory, so with `--depth` a machine that is too slow for
-the whole network can measure it on the first blocks.
+the whole network can measure it on the first blocks. Where a machine does other work too, the time
+that a single thread (`--threads 1`) was at work says more than the clock.
 """
 
 from __future__ import annotations
@@ -56,7 +57,7 @@ def measure(
         y = torch.ones(1, dtype=torch.long, device=device)
     transport = tim.transports.get("ot_fm")
     tim.sample(model, y, noise[..., :4, :4], steps=1, transport=transport)  # loads what it loads
-    before, start = peak(device), time.perf_counter()
+    before, start, worked = peak(device), time.perf_counter(), time.process_time()
     out = tim.sample(model, y, noise, steps=steps, transport=transport)
     if device.type == "cuda":
         torch.cuda.synchronize()
@@ -70,6 +71,7 @@ def measure(
         "tokens": (side // config.patch_size) ** 2,
         "steps": steps,
         "seconds": time.perf_counter() - start,
+        "cpu_seconds": time.process_time() - worked,
         "weights": sum(p.numel() * p.element_size() for p in model.parameters()),
         "memory": peak(device) - before,
     }
@@ -110,7 +112,8 @@ def main() -> int:
         print(
             f"{row['network']}, depth {row['depth']}, {row['dtype']}, "
             f"{size} x {size}: {row['tokens']} tokens, "
-            f"{row['seconds']:.1f} s, {row['memory'] / 2**20:.0f} MiB beside "
+            f"{row['seconds']:.1f} s ({row['cpu_seconds']:.1f} s of all threads), "
+            f"{row['memory'] / 2**20:.0f} MiB beside "
             f"{row['weights'] / 2**20:.0f} MiB of weights",
             flush=True,
         )
