@@ -178,6 +178,10 @@ inline void define_kernels(py::module_ m, const Kernels& k) {
            "q k v out lse t_q? t_k? t_v? cu_seqlens_q? cu_seqlens_k? t_out t_lse? "
            "q_strides k_strides v_strides t_q_strides t_k_strides t_v_strides "
            "batch# n# m# heads# head_dim# sequences max_n max_m scale dtype where");
+    define(m, "attention_tangent_hopper", k.attention_tangent_hopper,
+           "q k v out lse t_q? t_k? t_v? cu_seqlens_q? cu_seqlens_k? t_out t_lse? "
+           "q_strides k_strides v_strides t_q_strides t_k_strides t_v_strides "
+           "batch# n# m# heads# head_dim# sequences max_n max_m scale dtype where");
     define(m, "attention_dual", k.attention_dual,
            "q k v t_q? t_k? t_v? cu_seqlens_q? cu_seqlens_k? out lse t_out t_lse? "
            "q_strides k_strides v_strides t_q_strides t_k_strides t_v_strides "

@@ -103,6 +103,17 @@ struct Kernels {
                               int64_t batch, int64_t n, int64_t m, int64_t heads, int64_t head_dim,
                               int64_t sequences, int64_t max_n, int64_t max_m, double scale,
                               int dtype, int64_t where);
+    // The same results by instructions that only GPUs of compute capability 9.0 have. On others,
+    // and for calls that these do not fit, it calls attention_tangent.
+    void (*attention_tangent_hopper)(const void* q, const void* k, const void* v, const void* out,
+                                     const float* lse, const void* t_q, const void* t_k,
+                                     const void* t_v, const int32_t* cu_seqlens_q,
+                                     const int32_t* cu_seqlens_k, void* t_out, float* t_lse,
+                                     Strides q_strides, Strides k_strides, Strides v_strides,
+                                     Strides t_q_strides, Strides t_k_strides, Strides t_v_strides,
+                                     int64_t batch, int64_t n, int64_t m, int64_t heads,
+                                     int64_t head_dim, int64_t sequences, int64_t max_n,
+                                     int64_t max_m, double scale, int dtype, int64_t where);
     // attention and attention_tangent in one pass. Optional: a back end without it is called twice.
     void (*attention_dual)(const void* q, const void* k, const void* v, const void* t_q,
                            const void* t_k, const void* t_v, const int32_t* cu_seqlens_q,

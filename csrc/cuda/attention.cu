@@ -25,12 +25,14 @@ void attention(const void* q, const void* k, const void* v, const int32_t* cu_se
 }  // namespace
 
 void add_attention_tangent(Kernels&);
+void add_attention_tangent_hopper(Kernels&);
 void add_attention_dual(Kernels&);
 void add_attention_backward(Kernels&);
 
 void add_attention(Kernels& kernels) {
     kernels.attention = attention;
     add_attention_tangent(kernels);
+    add_attention_tangent_hopper(kernels);
     add_attention_dual(kernels);
     add_attention_backward(kernels);
 }

@@ -286,5 +286,37 @@ TIM_DEVICE void score_chunk(Scores<bands>& scores, Scores<bands>& t_scores,
         });
 }
 
+// Subtracts the outputs' share from the sums of a tangent and writes both results. `t_lse` is what
+// each lane has summed of its rows.
+template <class T, int D, int bands>
+TIM_DEVICE void write_tangent(T* t_outs, float* t_lses, const T* outs, Sums<D, bands>& sums,
+                              RowNumbers<bands>& t_lse, const Tangents& there,
+                              const Problem& problem, const Task& task, int first) {
+    for_each_row_number(t_lse, [](float& sum) { sum = row_total(sum); });
+    // Without keys `out` is zero, but it is the caller's.
+    const bool subtract = there.of_scores && task.swept.count > 0;
+    with_pairs(problem.aligned, [&](auto pairs) {
+        for_each_row<bands>(first, task.rows.count, [&](int band, int half, int row) {
+            const T* const p = outs + vector_index<D>(problem, task, row) + lane() % 4 * 2;
+            uint32_t out[D / 8];
+#pragma unroll
+            for (int unit = 0; unit < D / 8; ++unit)
+                out[unit] = subtract ? pairs.read(p + unit * 8) : 0;
+#pragma unroll
+            for (int unit = 0; unit < D / 8; ++unit)
+#pragma unroll
+                for (int i = 0; i < 2; ++i) {
+                    float& sum = sums[band][unit][half * 2 + i];
+                    sum = math::attention_tangent(sum, t_lse[band][half],
+                                                  load(Pack<T, 2>{{out[unit]}}, i));
+                }
+        });
+    });
+    write_rows<T, D, bands>(t_outs, problem, task, first, [&](int band, int half, int unit, int i) {
+        return sums[band][unit][half * 2 + i];
+    });
+    write_row_numbers(t_lses, problem, task, first, t_lse);
+}
+
 }  // namespace
 }  // namespace tim::cuda

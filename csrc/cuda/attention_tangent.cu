@@ -67,30 +67,7 @@ __global__ void __launch_bounds__(TangentGeometry<D>::kThreads, TangentGeometry<
         for_each_row_number(t_lse, add);
     });
     if (place.group > 0) return;
-    for_each_row_number(t_lse, [](float& sum) { sum = row_total(sum); });
-    // Without keys `out` is zero, but it is the caller's.
-    const bool subtract = there.of_scores && task.swept.count > 0;
-    with_pairs(problem.aligned, [&](auto pairs) {
-        for_each_row<kBands>(first_row, count, [&](int band, int half, int row) {
-            const T* const p = outs + vector_index<D>(problem, task, row) + lane() % 4 * 2;
-            uint32_t out[D / 8];
-#pragma unroll
-            for (int unit = 0; unit < D / 8; ++unit)
-                out[unit] = subtract ? pairs.read(p + unit * 8) : 0;
-#pragma unroll
-            for (int unit = 0; unit < D / 8; ++unit)
-#pragma unroll
-                for (int i = 0; i < 2; ++i) {
-                    float& sum = sums[band][unit][half * 2 + i];
-                    sum = math::attention_tangent(sum, t_lse[band][half],
-                                                  load(Pack<T, 2>{{out[unit]}}, i));
-                }
-        });
-    });
-    write_rows<T, D, kBands>(
-        t_outs, problem, task, first_row,
-        [&](int band, int half, int unit, int i) { return sums[band][unit][half * 2 + i]; });
-    write_row_numbers(t_lses, problem, task, first_row, t_lse);
+    write_tangent<T, D, kBands>(t_outs, t_lses, outs, sums, t_lse, there, problem, task, first_row);
 }
 
 void attention_tangent(const void* q, const void* k, const void* v, const void* out,

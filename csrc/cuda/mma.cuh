@@ -125,6 +125,8 @@ TIM_DEVICE void wait_for_copies() {
 
 #else  // for the emulator
 
+TIM_DEVICE uint32_t shared_address(const void* p) { return emulator::shared_address(p); }
+
 template <class T>
 constexpr emulator::Half kHalf =
     std::is_same_v<T, BFloat16> ? emulator::Half::kBFloat16 : emulator::Half::kFloat16;

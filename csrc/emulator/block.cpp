@@ -36,6 +36,7 @@ bool Block::run(uint3 index, dim3 threads, size_t shared_bytes, std::mt19937* or
     context_ = context;
     error_.clear();
     memory_.begin_block(index, shared_bytes);
+    transfers_.begin_block();
     for (int i = 0; i < count_; ++i) {
         Thread& thread = *threads_[i];
         const unsigned number = unsigned(i);
@@ -43,8 +44,9 @@ bool Block::run(uint3 index, dim3 threads, size_t shared_bytes, std::mt19937* or
         thread.index = {number % threads.x, number / threads.x % threads.y,
                         number / (threads.x * threads.y)};
         thread.clock = 1;
-        std::fill_n(thread.seen, kWarpLanes, 0u);
+        thread.seen.assign(size_t(count_), 0u);
         thread.copies.assign(1, {});
+        thread.products = {};
         thread.fiber.start(thread_main);
         make_ready(thread);
     }
@@ -61,11 +63,20 @@ void Block::thread_main() {
     self.kernel_(self.context_);
     const Inside inside;
     Thread& own = *self.current_;
-    for (const auto& group : own.copies)
-        if (!group.empty()) self.fail("ends before a cp.async of its own that it has not awaited");
+    self.check_end(own);
     own.state = State::kGone;
-    if (++self.gone_ == self.count_) own.fiber.leave_to(self.host_);
+    if (++self.gone_ == self.count_) {
+        if (self.transfers_.under_way()) self.fail("ends before a copy of a box has arrived");
+        own.fiber.leave_to(self.host_);
+    }
     self.run_next();
+}
+
+void Block::check_end(const Thread& thread) {
+    for (const auto& group : thread.copies)
+        if (!group.empty()) fail("ends before a cp.async of its own that it has not awaited");
+    for (const auto& group : thread.products.groups)
+        if (!group.empty()) fail("ends before a wgmma that it has not awaited");
 }
 
 void Block::make_ready(Thread& thread) {
@@ -86,7 +97,8 @@ void Block::choose_next() {
 
 // Returns when the thread that called it is chosen again.
 void Block::run_next() {
-    if (ready_count_ == 0) fail_deadlock();
+    while (ready_count_ == 0)
+        if (!transfers_.deliver()) fail_deadlock();
     Thread& before = *current_;
     choose_next();
     if (current_ != &before) before.fiber.switch_to(current_->fiber);
@@ -102,6 +114,12 @@ void Block::sync_block(const void* code) {
         waiting_ = 0;
         for (int i = 0; i < count_; ++i) make_ready(*threads_[i]);
     }
+    run_next();
+}
+
+void Block::sleep(const void* code) {
+    current_->barrier = code;
+    current_->state = State::kAtMbarrier;
     run_next();
 }
 
@@ -165,10 +183,12 @@ void Block::meet(const Collective& collective) {
 void Block::fail_deadlock() {
     const auto where = [](const Thread& thread) -> std::string {
         if (thread.state == State::kGone) return "has ended";
-        const bool barrier = thread.state == State::kAtBarrier;
-        const std::string line = describe(barrier ? thread.barrier : thread.collective.code);
-        return std::string("waits ") + (barrier ? "at a barrier" : "in ") +
-               (barrier ? "" : thread.collective.name) + (line.empty() ? "" : " " + line);
+        const bool warp = thread.state == State::kInWarp;
+        const std::string line = describe(warp ? thread.collective.code : thread.barrier);
+        const std::string place = warp ? std::string("in ") + thread.collective.name
+                                  : thread.state == State::kAtBarrier ? "at a barrier"
+                                                                      : "at an mbarrier";
+        return "waits " + place + (line.empty() ? "" : " " + line);
     };
     const Thread* waits = nullptr;
     for (int i = 0; i < count_ && waits == nullptr; ++i)

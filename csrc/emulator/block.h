@@ -13,6 +13,8 @@
 #include "cuda_runtime.h"
 #include "fiber.h"
 #include "memory.h"
+#include "products.h"
+#include "transfers.h"
 
 namespace tim::emulator {
 
@@ -39,7 +41,7 @@ struct AsyncCopy {
     int bytes;  // the rest are zeros
 };
 
-enum class State { kReady, kAtBarrier, kInWarp, kGone };
+enum class State { kReady, kAtBarrier, kAtMbarrier, kInWarp, kGone };
 
 struct Thread {
     explicit Thread(size_t stack_bytes) : fiber(stack_bytes) {}
@@ -49,11 +51,13 @@ struct Thread {
     int number = 0;
     State state = State::kGone;
     Collective collective = {};
-    const void* barrier = nullptr;  // the code that waits there
-    // Grows with each __syncwarp; with that of the lanes of the warp that this one has met.
+    const void* barrier = nullptr;  // the code that waits there, or at an mbarrier
+    // Grows with each __syncwarp and each arrival at an mbarrier; with what this thread knows of
+    // the clocks of the others, having met them there.
     uint32_t clock = 0;
-    uint32_t seen[kWarpLanes] = {};
+    std::vector<uint32_t> seen;
     std::vector<std::vector<AsyncCopy>> copies;  // committed groups, oldest first; one that grows
+    Products products;                           // of the warp, for its first lane
 };
 
 struct Warp {
@@ -90,6 +94,7 @@ class Block {
              void (*kernel)(void* context), void* context);
     const std::string& error() const { return error_; }
     Memory& memory() { return memory_; }
+    Transfers& transfers() { return transfers_; }
 
     // For the threads, while they run.
     bool running() const { return current_ != nullptr; }
@@ -97,6 +102,9 @@ class Block {
     Thread& thread(int number) { return *threads_[size_t(number)]; }
     void sync_block(const void* code);
     void meet(const Collective& collective);
+    // Until another thread wakes the current one.
+    void sleep(const void* code);
+    void wake(Thread& thread) { make_ready(thread); }
     // Ends the launch with an error that names the thread, the current one by default, and the
     // code it was executing.
     [[noreturn]] void fail(const std::string& what, const void* code = nullptr,
@@ -104,6 +112,7 @@ class Block {
 
   private:
     static void thread_main();
+    void check_end(const Thread& thread);
     void make_ready(Thread& thread);
     void choose_next();
     void run_next();
@@ -121,6 +130,7 @@ class Block {
     void* context_ = nullptr;
     std::string error_;
     Memory memory_;
+    Transfers transfers_;
 };
 
 Block& block();

@@ -15,15 +15,17 @@ namespace tim::emulator {
 inline void define_controls(pybind11::module_& m) {
     m.def(
         "set_device",
-        [](int multiprocessors, uint32_t order, int shared_bytes, bool runs) {
+        [](int multiprocessors, uint32_t order, int shared_bytes, bool runs, int capability) {
             device().multiprocessors = multiprocessors;
             device().order = order;
             device().shared_bytes = shared_bytes;
             device().runs = runs;
+            device().capability = capability;
             launches().clear();
         },
         pybind11::arg("multiprocessors") = 2, pybind11::arg("order") = 0,
         pybind11::arg("shared_bytes") = Device().shared_bytes, pybind11::arg("runs") = true,
+        pybind11::arg("capability") = Device().capability,
         "Size of the device and of a block's shared memory, the seed that shuffles blocks and "
         "threads (0: natural order), and whether kernels run or are only recorded.");
     m.def(

@@ -14,6 +14,7 @@
 #define __host__
 #define __forceinline__ inline __attribute__((always_inline))
 #define __launch_bounds__(...)
+#define __grid_constant__
 #define __restrict__ __restrict
 // Compilers do not show how a variable is used whose address they do not need.
 #define __shared__                                                          \
@@ -86,6 +87,7 @@ TIM_EMULATOR_INLINE T shuffle_value(Shuffle kind, unsigned mask, T value, int ar
 // The block's dynamic shared memory, and its array that `key` stands for, aligned to 16 bytes.
 void* dynamic_shared_memory();
 void* static_shared_memory(const void* key, size_t bytes);
+uint32_t shared_address(const void* p);
 
 }  // namespace tim::emulator
 
@@ -160,6 +162,16 @@ struct cudaLaunchConfig_t {
     cudaStream_t stream;
 };
 
+enum cudaDriverEntryPointQueryResult {
+    cudaDriverEntryPointSuccess = 0,
+    cudaDriverEntryPointSymbolNotFound = 1,
+};
+constexpr int cudaEnableDefault = 0;
+#define CUDART_VERSION 13000
+
+cudaError_t cudaGetDriverEntryPointByVersion(const char* name, void** function, unsigned version,
+                                             uint64_t flags,
+                                             cudaDriverEntryPointQueryResult* result);
 const char* cudaGetErrorString(cudaError_t error);
 cudaError_t cudaGetLastError();
 cudaError_t cudaGetDevice(int* device);

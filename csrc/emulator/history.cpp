@@ -31,8 +31,7 @@ bool Time::before(const Moment& moment, const Thread& thread) const {
     if (!in_block(moment.epoch)) return false;
     const uint32_t own = uint32_t(thread.number);
     if (moment.epoch < epoch_ || moment.thread == own) return true;
-    return moment.thread / kWarpLanes == own / kWarpLanes &&
-           thread.seen[moment.thread % kWarpLanes] >= moment.clock;
+    return thread.seen[moment.thread] >= moment.clock;
 }
 
 const Moment* History::race_of_read(const Time& time, const Thread& thread, bool shared) const {
@@ -57,6 +56,11 @@ void History::write(const Time& time, const Thread& thread) {
     write_ = time.now(thread);
     // A later access that is in order with this one is in order with them, too.
     readers_[0].lanes = readers_[1].lanes = 0;
+}
+
+void History::arrive(const Time& time, const Thread& thread, uint32_t clock) {
+    write(time, thread);
+    write_.clock = clock;
 }
 
 // Keeps two groups of readers, chosen so that a later write which is in order with both is in order

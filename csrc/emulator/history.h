@@ -1,8 +1,8 @@
 // Who has touched a piece of memory, and whether the next access is in order with that.
 //
 // An access is in order with an earlier one when it is of the same thread, or when a barrier of the
-// block, a __syncwarp of both lanes or the end of a launch lies between them. Blocks of a launch
-// have no order among them. What is not in order is a race.
+// block, a __syncwarp of both lanes, a phase of an mbarrier or the end of a launch lies between
+// them. Blocks of a launch have no order among them. What is not in order is a race.
 #pragma once
 
 #include <stdint.h>
@@ -16,8 +16,8 @@ namespace tim::emulator {
 struct Thread;
 
 // When something was done, and by whom. Epochs are numbered through all launches: each block
-// starts one, as does each of its barriers. Within an epoch, the threads of a warp count their
-// __syncwarps.
+// starts one, as does each of its barriers. Within an epoch, the threads count their __syncwarps
+// and their arrivals at mbarriers.
 struct Moment {
     uint32_t epoch, clock, thread;
 };
@@ -56,6 +56,8 @@ class History {
     const Moment* race_of_write(const Time& time, const Thread& thread, bool shared);
     void read(const Time& time, const Thread& thread, bool shared);
     void write(const Time& time, const Thread& thread);
+    // A copy that the thread started at this clock has arrived.
+    void arrive(const Time& time, const Thread& thread, uint32_t clock);
 
     bool written_in_block(const Time& time) const { return time.in_block(write_.epoch); }
     bool written_in_launch(const Time& time) const { return time.in_launch(write_.epoch); }

@@ -4,26 +4,13 @@
 
 #include <string>
 
-#include "../math/common.h"
-#include "../math/float16.h"
 #include "block.h"
+#include "elements.h"
 
 namespace tim::emulator {
 namespace {
 
 constexpr unsigned kAllLanes = ~0u;
-
-template <Half type>
-float element(uint32_t word, int half) {
-    const uint16_t bits = uint16_t(word >> 16 * half);
-    if constexpr (type == Half::kBFloat16) {
-        const math::BFloat16 value{bits};
-        return math::load(&value);
-    } else {
-        const math::Float16 value{bits};
-        return math::load(&value);
-    }
-}
 
 struct MmaOperands {
     float* d;

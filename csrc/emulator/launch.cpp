@@ -151,10 +151,10 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
             *value = device().shared_bytes + 1024;  // which the system takes from each block
             return cudaSuccess;
         case cudaDevAttrComputeCapabilityMajor:
-            *value = 8;
+            *value = device().capability / 10;
             return cudaSuccess;
         case cudaDevAttrComputeCapabilityMinor:
-            *value = 0;
+            *value = device().capability % 10;
             return cudaSuccess;
     }
     return tim::emulator::remember(cudaErrorInvalidValue, "an unknown attribute of the device");

@@ -80,6 +80,7 @@ void Memory::end_launch() {
 void Memory::begin_block(uint3 index, size_t shared_bytes) {
     time_.begin_block(index);
     shared_.begin_block(shared_bytes);
+    product_reads_.begin_block();
 }
 
 void Memory::access(const Thread& thread, const void* p, size_t bytes, Access kind,
@@ -109,8 +110,36 @@ void Memory::access_shared(const Thread& thread, const void* p, size_t bytes, Ac
     if (!kTraced) return;
     if (kind == Access::kReadConstant) fail(access, "the read-only path is one of global memory");
     const char* const begin = static_cast<const char*>(p);
+    int who;
+    if (kind == Access::kWrite && product_reads_.race(shared_.address_of(begin), thread, &who))
+        fail(access, "a race with the wgmma of thread " + to_string(block().thread(who).index) +
+                         ", which may not have read there yet");
     for (const char* at = begin - number(p) % kCellBytes; at < begin + bytes; at += kCellBytes)
         check(shared_.cell(at), access);
+}
+
+void Memory::check_product_read(const Thread& thread, const void* p, const void* code) {
+    if (shared_.find(p, kCopyBytes) == nullptr || !kTraced)
+        return access_shared(thread, p, kCopyBytes, Access::kRead, code);
+    const Description access{thread, p, kCopyBytes, Access::kRead, true, code};
+    for (size_t i = 0; i < kCopyBytes; i += kCellBytes)
+        check_read(shared_.cell(static_cast<const char*>(p) + i), access);
+}
+
+// What must have happened before shared memory is read.
+void Memory::check_read(const History& cell, const Description& access) const {
+    if (!cell.written_in_block(time_) && !cell.awaits_copy(time_))
+        fail(access, "the block has not written there");
+    check_copy(cell, access);
+    if (const Moment* const race = cell.race_of_read(time_, access.thread, true))
+        fail_race(access, *race);
+}
+
+void Memory::check_copy(const History& cell, const Description& access) const {
+    if (cell.awaits_copy(time_))
+        fail(access, "the cp.async of thread " +
+                         to_string(block().thread(int(cell.copier())).index) +
+                         " to there has not been waited for");
 }
 
 void Memory::check_bounds(const Description& access) const {
@@ -144,10 +173,7 @@ History& Memory::global_cell(uintptr_t address) {
 
 void Memory::check(History& cell, const Description& access) {
     if (access.shared) {
-        if (cell.awaits_copy(time_))
-            fail(access, "the cp.async of thread " +
-                             to_string(block().thread(int(cell.copier())).index) +
-                             " to there has not been waited for");
+        check_copy(cell, access);
         if (access.kind == Access::kRead && !cell.written_in_block(time_))
             fail(access, "the block has not written there");
     }
@@ -199,6 +225,15 @@ void Memory::end_copy(const Thread& thread, const void* to) {
         History& cell = shared_.cell(static_cast<const char*>(to) + i);
         cell.end_copy();
         cell.write(time_, thread);
+    }
+}
+
+void Memory::end_copy(const Thread& thread, const void* to, uint32_t clock) {
+    if (!kTraced) return;
+    for (size_t i = 0; i < kCopyBytes; i += kCellBytes) {
+        History& cell = shared_.cell(static_cast<const char*>(to) + i);
+        cell.end_copy();
+        cell.arrive(time_, thread, clock);
     }
 }
 

@@ -42,6 +42,14 @@ class SharedMemory {
 
     // Whether p lies in this memory or near it; nothing else is there.
     bool is_near(const void* p) const;
+    // Of shared memory, as instructions count it: the dynamic piece begins at kFirstAddress,
+    // aligned to no more than CUDA promises.
+    static constexpr uint32_t kFirstAddress = 1024 + 16;
+    uint32_t address_of(const void* p) const {
+        return kFirstAddress + uint32_t(static_cast<const char*>(p) - pieces_[0].data);
+    }
+    char* at(uint32_t address) const { return pieces_[0].data + (address - kFirstAddress); }
+
     // The piece that holds so many bytes at p, or null.
     const Piece* find(const void* p, size_t bytes) const;
     History& cell(const char* p) { return cells_[size_t(p - zone_) / kCellBytes]; }

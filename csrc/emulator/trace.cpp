@@ -123,6 +123,11 @@ void* static_shared_memory(const void* key, size_t bytes) {
     return block().memory().shared().array(key, bytes);
 }
 
+uint32_t shared_address(const void* p) {
+    const Inside inside;
+    return block().memory().shared().address_of(p);
+}
+
 void read_constant(const void* p, size_t bytes) {
     if (kTraced) trace(p, bytes, Access::kReadConstant, __builtin_return_address(0));
 }

@@ -78,15 +78,15 @@ void evaluate_vote(const Warp& warp, unsigned mask) {
 
 // All lanes learn what each of them knew, and what comes after is later than what they know.
 void evaluate_sync(const Warp& warp, unsigned mask) {
-    uint32_t seen[kWarpLanes] = {};
+    std::vector<uint32_t> seen(warp.lane(0).seen.size());
     for (int i = 0; i < kWarpLanes; ++i) {
         if ((mask >> i & 1u) == 0) continue;
         Thread& thread = warp.lane(i);
-        thread.seen[i] = thread.clock++;
-        for (int j = 0; j < kWarpLanes; ++j) seen[j] = std::max(seen[j], thread.seen[j]);
+        thread.seen[size_t(thread.number)] = thread.clock++;
+        for (size_t j = 0; j < seen.size(); ++j) seen[j] = std::max(seen[j], thread.seen[j]);
     }
     for (int i = 0; i < kWarpLanes; ++i)
-        if ((mask >> i & 1u) != 0) std::copy_n(seen, kWarpLanes, warp.lane(i).seen);
+        if ((mask >> i & 1u) != 0) warp.lane(i).seen = seen;
 }
 
 }  // namespace

@@ -24,6 +24,8 @@ from tim.ops.attention import attention_reference
 
 HEAD_DIMS = (64, 72, 96, 128)
 DTYPES = (torch.bfloat16, torch.float16)
+#: Kernels of one signature: for all GPUs, and for those of compute capability 9.0.
+TANGENTS = ("attention_tangent", "attention_tangent_hopper")
 #: Small, whose blocks have as many rows as the warps hold; large, where tokens are shared out among
 #: them; one with little shared memory.
 DEVICES = {
@@ -274,7 +276,7 @@ def run(machine: Emulator | Gpu, name: str, case: Case) -> dict[str, Tensor]:
         batch, n, m, heads, head_dim, sequences, *longest, case.scale, DTYPE_CODES[case.q.dtype]
     )  # fmt: skip
     results = {"out": poisoned(*q.shape), "lse": poisoned(batch, heads, n, dtype=torch.float32)}
-    if name in ("attention_tangent", "attention_backward"):
+    if name in (*TANGENTS, "attention_backward"):
         truth = exact(case)
         given = there(truth["out"].to(q.dtype).contiguous()), there(truth["lse"].float())
     if name == "attention":
@@ -292,7 +294,7 @@ def run(machine: Emulator | Gpu, name: str, case: Case) -> dict[str, Tensor]:
         return gradients
     tangents = {"t_out": poisoned(*q.shape), "t_lse": torch.empty_like(results["lse"])}
     tangents["t_lse"].fill_(torch.nan)
-    if name == "attention_tangent":
+    if name in TANGENTS:
         machine.call(
             name, q, k, v, *given, t_q, t_k, t_v, *offsets, *tangents.values(),
             *strides(q, k, v, t_q, t_k, t_v), *sizes,
