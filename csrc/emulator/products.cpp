@@ -126,7 +126,7 @@ void issue(const Warp& warp, unsigned) {
     Memory& memory = block().memory();
     for_each_unit(product, [&](uint32_t address) {
         memory.check_product_read(first, memory.shared().at(address), code);
-        memory.product_reads().begin(address);
+        memory.product_reads().begin(address, first);
     });
     ++first.products.issued;
     first.products.groups.back().push_back(std::move(product));
@@ -158,7 +158,7 @@ void wait(const Warp& warp, unsigned) {
 
 }  // namespace
 
-void ProductReads::begin(uint32_t address) {
+void ProductReads::begin(uint32_t address, const Thread& thread) {
     const size_t i = address / kUnit;
     if (units_.size() <= i) units_.resize(i + 1);
     Unit& unit = units_[i];
@@ -167,6 +167,7 @@ void ProductReads::begin(uint32_t address) {
         unit.block = block_;
     }
     ++unit.under_way;
+    unit.last = thread.number;
 }
 
 void ProductReads::end(uint32_t address, const Thread& thread) {
@@ -179,13 +180,16 @@ bool ProductReads::race(uint32_t address, const Thread& thread, int* who) const 
     const size_t i = address / kUnit;
     if (i >= units_.size() || units_[i].block != block_) return false;
     const Unit& unit = units_[i];
+    *who = unit.last;
+    if (unit.under_way > 0) return true;
     for (size_t warp = 0; warp < unit.clocks.size(); ++warp) {
-        *who = int(warp) * kWarpLanes;
-        const bool own = thread.number / kWarpLanes == int(warp);
         const size_t first = warp * kWarpLanes;
-        if (unit.clocks[warp] > 0 && !own && thread.seen[first] < unit.clocks[warp]) return true;
+        const bool own = size_t(thread.number) / kWarpLanes == warp;
+        if (unit.clocks[warp] == 0 || own || thread.seen[first] >= unit.clocks[warp]) continue;
+        *who = int(first);
+        return true;
     }
-    return unit.under_way > 0;
+    return false;
 }
 
 void wgmma(Half type, int columns, bool transposed, bool adds, float* d, const uint32_t* a,

@@ -45,7 +45,7 @@ struct Products {
 class ProductReads {
   public:
     void begin_block() { ++block_; }
-    void begin(uint32_t address);
+    void begin(uint32_t address, const Thread& thread);
     void end(uint32_t address, const Thread& thread);
     // Whether a write by `thread` now comes too early; `who` is then a thread of the warp.
     bool race(uint32_t address, const Thread& thread, int* who) const;
@@ -53,7 +53,7 @@ class ProductReads {
   private:
     struct Unit {
         uint32_t block = 0;
-        int under_way = 0;
+        int under_way = 0, last = 0;           // products, and the thread of the last one
         std::array<uint32_t, 32> clocks = {};  // of each warp's first lane
     };
     std::vector<Unit> units_;

@@ -100,6 +100,10 @@ void Transfers::copy(Thread& thread, void* barrier, void* to, const CUtensorMap&
     SharedMemory& shared = block().memory().shared();
     const EncodedMap from = decoded(map);
     const uint32_t base = shared.address_of(to);
+    if (at[0] % (kUnitBytes / kElementBytes) != 0)
+        block().fail("copies a box that begins at column " + std::to_string(at[0]) +
+                         ", no multiple of 8, which is not emulated",
+                     code);
     if (base % 128 != 0)
         block().fail("copies a box to an address that is no multiple of 128", code);
     Copy copy{{}, thread.clock++, thread.number};
@@ -115,11 +119,13 @@ void Transfers::copy(Thread& thread, void* barrier, void* to, const CUtensorMap&
                                         c1 * from.strides[1] + c2 * from.strides[2] +
                                         c3 * from.strides[3];
                 const int64_t left = inside ? from.dims[0] - at[0] : 0;
-                const int64_t there = std::clamp<int64_t>(left, 0, columns) * kElementBytes;
+                const int64_t there = std::min<int64_t>(left, columns) * kElementBytes;
                 for (int unit = 0; unit < units; ++unit, offset += kUnitBytes) {
                     char* const target = shared.at(permuted(base + offset, from.span));
+                    const int column = at[0] + unit * kUnitBytes / kElementBytes;
                     const int64_t bytes =
-                        std::clamp<int64_t>(there - unit * kUnitBytes, 0, kUnitBytes);
+                        column < 0 ? 0
+                                   : std::clamp<int64_t>(there - unit * kUnitBytes, 0, kUnitBytes);
                     const char* const source = row + unit * kUnitBytes;
                     block().memory().begin_copy(thread, target, source, int(bytes), code);
                     copy.units.push_back({target, source, int(bytes)});
