@@ -18,6 +18,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tim import ops
 from tim.ops import _attention_forward
+from tim.ops._attention_hopper import VERSIONS, hopper
+from tim.ops._table import has_kernel
 
 #: Backends of scaled_dot_product_attention by device; MATH stores the scores, and is the only one
 #: with a forward-mode derivative.
@@ -49,6 +51,10 @@ def rivals(operation: str, direction: str, device: torch.device) -> dict[str, Ca
             found[f"sdpa {name}"] = sdpa(backend)
     if device.type != "cuda":
         return found
+    if hopper_there(device):
+        found["tim, hopper"] = by_hopper("kernel")
+        if direction == "tangent":
+            found["tim, hopper, sdpa forward"] = by_hopper("sdpa")
     if direction != "tangent" and flash_attn() is not None:
         found["flash_attn"] = by_flash_attn
     if direction == "tangent" and flash_attn() is not None:
@@ -72,6 +78,20 @@ def sdpa(backend: SDPBackend) -> Callable:
         with sdpa_kernel(backend):
             out = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)))
         return out.transpose(1, 2).contiguous()
+
+    return attention
+
+
+def hopper_there(device: torch.device) -> bool:
+    """Whether our kernels for Hopper can run: the benchmark measures them beside the others."""
+    there = all(has_kernel(version, device.type) for version in VERSIONS.values())
+    return there and torch.cuda.get_device_capability(device) == (9, 0)
+
+
+def by_hopper(backend: str) -> Callable:
+    def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        with hopper("on"):
+            return ops.attention(q, k, v, backend=backend)
 
     return attention
 

@@ -170,6 +170,9 @@ inline void define_kernels(py::module_ m, const Kernels& k) {
     define(m, "attention", k.attention,
            "q k v cu_seqlens_q? cu_seqlens_k? out lse q_strides k_strides v_strides "
            "batch# n# m# heads# head_dim# sequences max_n max_m scale dtype where");
+    define(m, "attention_hopper", k.attention_hopper,
+           "q k v cu_seqlens_q? cu_seqlens_k? out lse q_strides k_strides v_strides "
+           "batch# n# m# heads# head_dim# sequences max_n max_m scale dtype where");
     define(m, "attention_backward", k.attention_backward,
            "dout q k v out lse cu_seqlens_q? cu_seqlens_k? delta? dq dk dv "
            "q_strides k_strides v_strides "

@@ -103,8 +103,15 @@ struct Kernels {
                               int64_t batch, int64_t n, int64_t m, int64_t heads, int64_t head_dim,
                               int64_t sequences, int64_t max_n, int64_t max_m, double scale,
                               int dtype, int64_t where);
-    // The same results by instructions that only GPUs of compute capability 9.0 have. On others,
-    // and for calls that these do not fit, it calls attention_tangent.
+    // The same results as those of attention and attention_tangent by instructions that only GPUs
+    // of compute capability 9.0 have. On others, and for calls that these do not fit, they call
+    // those.
+    void (*attention_hopper)(const void* q, const void* k, const void* v,
+                             const int32_t* cu_seqlens_q, const int32_t* cu_seqlens_k, void* out,
+                             float* lse, Strides q_strides, Strides k_strides, Strides v_strides,
+                             int64_t batch, int64_t n, int64_t m, int64_t heads, int64_t head_dim,
+                             int64_t sequences, int64_t max_n, int64_t max_m, double scale,
+                             int dtype, int64_t where);
     void (*attention_tangent_hopper)(const void* q, const void* k, const void* v, const void* out,
                                      const float* lse, const void* t_q, const void* t_k,
                                      const void* t_v, const int32_t* cu_seqlens_q,

@@ -24,6 +24,7 @@ void attention(const void* q, const void* k, const void* v, const int32_t* cu_se
 
 }  // namespace
 
+void add_attention_hopper(Kernels&);
 void add_attention_tangent(Kernels&);
 void add_attention_tangent_hopper(Kernels&);
 void add_attention_dual(Kernels&);
@@ -31,6 +32,7 @@ void add_attention_backward(Kernels&);
 
 void add_attention(Kernels& kernels) {
     kernels.attention = attention;
+    add_attention_hopper(kernels);
     add_attention_tangent(kernels);
     add_attention_tangent_hopper(kernels);
     add_attention_dual(kernels);

@@ -89,6 +89,24 @@ TIM_DEVICE void init_stages(const HopperStages& at, int stages, int arrivals) {
     barrier();
 }
 
+// Sets up the stages, and calls fetch() on one thread and consume(first row of the warp) on those
+// of the warpgroups that have rows.
+template <class Fetch, class Consume>
+TIM_DEVICE void divide_roles(const HopperStages& at, const Task& task, int stages,
+                             const Fetch& fetch, const Consume& consume) {
+    const int left = task.rows.count - task.row;
+    init_stages(at, stages, (left > kGroupRows ? 2 : 1) * kWarpgroup / kWarp);
+    const int group = threadIdx.x / kWarpgroup - 1;
+    if (group < 0) {
+        give_registers<kFewRegisters>();
+        if (threadIdx.x == 0) fetch();
+    } else {
+        take_registers<kManyRegisters>();
+        const int warp = threadIdx.x / kWarp - kWarpgroup / kWarp;
+        if (group * kGroupRows < left) consume(task.row + warp * kBandRows);
+    }
+}
+
 // What one thread does while others multiply: fetches the tiles of the operands that are there.
 template <int D, int operands>
 TIM_DEVICE void fetch_tiles(const HopperStages& at, const TileMaps<operands>& maps,

@@ -19,10 +19,11 @@ using PassGeometry = Geometry<D, subset == Subset::kNone && D <= 96 ? 2 : 1>;
 template <class T, Subset subset>
 constexpr float kSlack = subset == Subset::kNone || std::is_same_v<T, BFloat16> ? 5.5f : 0.0f;
 
-// Raises the maxima of all rows of the warp to those of `scores` when one is exceeded by more than
-// `slack`, and calls rescale(band, half, factor) for the sums to follow.
-template <int bands, class Rescale>
-TIM_DEVICE void raise_maxima(RowNumbers<bands>& maxima, Scores<bands>& scores, float slack,
+// Raises the maxima of all rows of the warp to those of the scores when one is exceeded by more
+// than `slack`, and calls rescale(band, half, factor) for the sums to follow. `visit` calls its
+// argument as for_each_score does.
+template <int bands, class Visit, class Rescale>
+TIM_DEVICE void raise_maxima(RowNumbers<bands>& maxima, const Visit& visit, float slack,
                              const Rescale& rescale) {
     RowNumbers<bands> top;
     bool exceeded = false;
@@ -30,7 +31,7 @@ TIM_DEVICE void raise_maxima(RowNumbers<bands>& maxima, Scores<bands>& scores, f
     for (int band = 0; band < bands; ++band)
 #pragma unroll
         for (int half = 0; half < 2; ++half) top[band][half] = maxima[band][half];
-    for_each_score(scores, [&](float& score, int band, int, int i) {
+    visit([&](float& score, int band, int, int i) {
         top[band][i / 2] = fmaxf(top[band][i / 2], score);
     });
 #pragma unroll
@@ -115,7 +116,8 @@ __global__ void __launch_bounds__(PassGeometry<D, subset>::kThreads,
         score_chunk<T, D, kPitch>(p, g, queries, there, rows, tile_size);
         for_each_score(p, [&](float& score, int, int, int) { score *= scale; });
         fill_behind(p, tokens, -INFINITY);
-        raise_maxima(maxima, p, kSlack<T, subset>, rescale);
+        raise_maxima(
+            maxima, [&](const auto& body) { for_each_score(p, body); }, kSlack<T, subset>, rescale);
         for_each_score(p, [&](float& score, int band, int, int i) {
             score = math::attention_weight(score, 1.0f, maxima[band][i / 2]);
             totals[band][i / 2] += score;

@@ -19,14 +19,8 @@ __global__ void __launch_bounds__(kHopperThreads, 1)
         constexpr int kTileBytes = HopperTile<D>::kBytes;
         const Tangents there = tangents_of<subset>(x);
         const Task task = find_task(problem, plan);
-        const int count = task.rows.count;
         const HopperStages stages = hopper_stages();
-        const int groups = count - task.row > kGroupRows ? 2 : 1;  // with rows
-        init_stages(stages, plan.stages, groups * kWarpgroup / kWarp);
-        const int group = threadIdx.x / kWarpgroup - 1;
-        if (group < 0) {
-            give_registers<kFewRegisters>();
-            if (threadIdx.x > 0) return;
+        const auto fetch = [&] {
             bool fetched[kOperands];
             fetched[kKeys] = true;
             fetched[kValues] = there.of_scores;
@@ -35,15 +29,12 @@ __global__ void __launch_bounds__(kHopperThreads, 1)
                 fetched[kTValues] = there.of_v;
             }
             fetch_tiles<D>(stages, maps, fetched, task, plan.stages);
-        } else {
-            take_registers<kManyRegisters>();
-            const int warp = threadIdx.x / kWarp - kWarpgroup / kWarp;
-            const int first_row = task.row + warp * kBandRows;
-            if (task.row + group * kGroupRows >= count) return;
+        };
+        divide_roles(stages, task, plan.stages, fetch, [&](int first_row) {
             Queries<D, 1> queries;
             read_queries(queries, x, there, problem, task, first_row);
             RowNumbers<1> lse = {}, t_lse = {};
-            for_each_row<1>(first_row, count, [&](int, int half, int row) {
+            for_each_row<1>(first_row, task.rows.count, [&](int, int half, int row) {
                 lse[0][half] = load_global(lses + scalar_index(problem, task, row));
             });
             const float scale = problem.scale;
@@ -95,7 +86,7 @@ __global__ void __launch_bounds__(kHopperThreads, 1)
             }
             write_tangent<T, D, 1>(t_outs, t_lses, outs, sums, t_lse, there, problem, task,
                                    first_row);
-        }
+        });
     }
 }
 

@@ -25,6 +25,7 @@ from tim.ops.attention import attention_reference
 HEAD_DIMS = (64, 72, 96, 128)
 DTYPES = (torch.bfloat16, torch.float16)
 #: Kernels of one signature: for all GPUs, and for those of compute capability 9.0.
+FORWARDS = ("attention", "attention_hopper")
 TANGENTS = ("attention_tangent", "attention_tangent_hopper")
 #: Small, whose blocks have as many rows as the warps hold; large, where tokens are shared out among
 #: them; one with little shared memory.
@@ -279,7 +280,7 @@ def run(machine: Emulator | Gpu, name: str, case: Case) -> dict[str, Tensor]:
     if name in (*TANGENTS, "attention_backward"):
         truth = exact(case)
         given = there(truth["out"].to(q.dtype).contiguous()), there(truth["lse"].float())
-    if name == "attention":
+    if name in FORWARDS:
         machine.call(
             name, q, k, v, *offsets, results["out"], results["lse"], *strides(q, k, v), *sizes
         )

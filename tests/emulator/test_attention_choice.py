@@ -9,6 +9,7 @@ from emulated import emulated, launched
 from torch import Tensor
 
 from tim import ops
+from tim.ops._attention_hopper import hopper, parse
 
 BFLOAT16 = torch.bfloat16
 
@@ -44,6 +45,28 @@ def test_value_tangent_and_gradients(backend, head_dim) -> None:
     yardstick = derivatives(ops.attention_reference, qkv, tangents)
     for i, values in enumerate(zip(actual, exact, yardstick, strict=True)):
         assert_close(*values, 2 if i == 0 else 3, f"result {i}")
+
+
+@pytest.mark.parametrize("choice", ["auto", "on", "off"])
+def test_versions_for_hopper_run_where_they_are_chosen(choice) -> None:
+    """Only by choice as long as nobody has measured them."""
+    qkv, tangents = operands(72)
+    launched.clear()
+    with emulated() as emulator, hopper(choice):
+        emulator.set_device(capability=90, shared_bytes=227 * 1024)
+        actual = derivatives(lambda *x: ops.attention(*x, backend="sdpa"), qkv, tangents)
+    version = "attention_tangent" + ("_hopper" if choice == "on" else "")
+    assert launched == [version, "attention_backward"]
+    wide = [tuple(x.double() for x in some) for some in (qkv, tangents)]
+    exact = derivatives(ops.attention_reference, *wide)
+    yardstick = derivatives(ops.attention_reference, qkv, tangents)
+    for i, values in enumerate(zip(actual, exact, yardstick, strict=True)):
+        assert_close(*values, 2 if i == 0 else 3, f"result {i}")
+
+
+def test_an_unknown_choice_is_refused() -> None:
+    with pytest.raises(ValueError, match="TIM_HOPPER must be one of auto, on, off, got 'yes'"):
+        parse("yes")
 
 
 def test_each_direction_has_its_kernel() -> None:

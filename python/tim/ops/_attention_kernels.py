@@ -10,6 +10,7 @@ from torch import Tensor
 from tim.ops import _attention_forward as forward
 from tim.ops import _dispatch as dispatch
 from tim.ops import pairs
+from tim.ops._attention_hopper import version_of
 
 #: Devices whose backward pass keeps rowsum(grad * out) in memory that it is given.
 WITH_SCRATCH = {"cuda"}
@@ -49,6 +50,7 @@ def _launch(
     batch, tokens, heads, head_dim = q.shape
     first_q, first_k, *longest = packing
     sequences = 0 if first_q is None else first_q.shape[0] - 1
+    name = version_of(name, q.device.type)
     dispatch.launch(
         name, q, *inputs, first_q, first_k, *outputs, *map(_strides, strided),
         batch, tokens, k.shape[1], heads, head_dim, sequences, *longest, scale,
@@ -104,6 +106,8 @@ def _tangent(
     tangents = tuple(map(_operand, (t_q, t_k, t_v)))
     first = q.shape[0] - pairs.count(tangents)
     fused = source == "kernel" and dispatch.has_kernel("attention_dual", q.device.type)
+    if version_of("attention_tangent", q.device.type) != "attention_tangent":
+        fused = False
     if not fused:
         out, lse = _forward(q, k, v, *packing, scale, source)
     else:
