@@ -180,10 +180,14 @@ def open_source(path: str | Path, captions: str | None = None) -> Source:
 
 
 def _listed_source(folder: Path, listing: Path) -> Source:
+    given = listing
     if not listing.is_file():
         listing = folder / listing
     if not listing.is_file():
-        raise FileNotFoundError(f"captions must be 'txt' or a .jsonl file, got {listing}")
+        raise FileNotFoundError(
+            f"captions must be 'txt' or a .jsonl file, got {given}, which is neither there nor in "
+            f"{folder}"
+        )
     samples = []
     with listing.open() as lines:
         for number, line in enumerate(lines, start=1):
