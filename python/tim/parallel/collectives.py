@@ -9,6 +9,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+#: As torch 2.13 calls them, and as earlier ones do.
+_GATHER = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_SCATTER = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
 #: Begins a span of time; what it returns ends it.
 Timer = Callable[[], Callable[[], None]]
 
@@ -36,13 +40,13 @@ class TimedCollectives:
 
     def _gather(self, output: Tensor, values: Tensor, **options: Any) -> dist.Work | None:
         end = self.timer()
-        work = dist.all_gather_into_tensor(output, values, **options)
+        work = _GATHER(output, values, **options)
         end()
         return work
 
     def _scatter(self, output: Tensor, values: Tensor, **options: Any) -> dist.Work | None:
         end = self.timer()
-        work = dist.reduce_scatter_tensor(output, values, **options)
+        work = _SCATTER(output, values, **options)
         end()
         if self._between:
             # The sum across groups follows at once, and the hook after it.
