@@ -36,7 +36,15 @@ from tim.graphs import check_device
 from tim.grid import image_grid, pixels_of, save_picture
 from tim.meter import DATA, Clock, Meter
 from tim.models import TiM
-from tim.parallel import Heartbeat, StopRequest, build_spread, check_spread, join, pick_device
+from tim.parallel import (
+    Heartbeat,
+    StopRequest,
+    build_spread,
+    check_spread,
+    join,
+    known_to_all,
+    pick_device,
+)
 from tim.run_directory import CONFIG, check_directory, check_resumable, fit_to_data
 from tim.run_lock import RunLock
 from tim.run_log import NoLog, RunLog, open_log, peak_memory_gb
@@ -95,10 +103,10 @@ class Trainer:
             lambda: dataset if dataset is not None else build_dataset(config.data)
         )
         if len(set(sizes := world.exchange(len(self.dataset)))) > 1:
-            raise ValueError(f"all ranks must have the same data, got {sizes} images")
-        self.config = config = fit_to_data(config, self.dataset)
-        check_spread(config, world)
-        self.order = build_order(config, self.dataset)
+            raise known_to_all(ValueError(f"all ranks must have the same data, got {sizes} images"))
+        self.config = config = world.together(lambda: fit_to_data(config, self.dataset))
+        world.together(lambda: check_spread(config, world))
+        self.order = world.together(lambda: build_order(config, self.dataset))
         self.device = world.device
         #: Captions that were too long, and what is still to be told about the first of them.
         self.cut_captions, self._cut = 0, ""
@@ -339,9 +347,11 @@ class Trainer:
             return
         state = found.state
         if state["images"] != len(self.dataset):
-            raise ValueError(
-                f"the data now hold {len(self.dataset)} images, those of {found.path} were "
-                f"{state['images']}: the run cannot go on as it began"
+            raise known_to_all(
+                ValueError(
+                    f"the data now hold {len(self.dataset)} images, those of {found.path} were "
+                    f"{state['images']}: the run cannot go on as it began"
+                )
             )
         self.step, self.skipped = state["step"], state["skipped"]
         if "random" in state:

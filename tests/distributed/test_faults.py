@@ -17,6 +17,7 @@ from workers import (
     train_with_slow_writing,
     try_to_train,
     try_to_train_on_other_data,
+    what_a_refused_run_tells,
 )
 
 from tim.checkpoint import checkpoints
@@ -220,8 +221,11 @@ def test_two_runs_in_one_directory(tmp_path, ranks_of_the_second) -> None:
 )
 def test_what_several_ranks_cannot_do(tmp_path, train, parallel, message) -> None:
     base = run_config(parallel, **train)
-    for error in run_ranks(2, tmp_path / "logs", try_to_train, base, tmp_path / "run", False):
+    arguments = (base, tmp_path / "run")
+    found = run_ranks(2, tmp_path / "logs", what_a_refused_run_tells, *arguments)
+    for error, _ in found:
         assert error.startswith(f"ValueError: {message}") and "\n" not in error
+    assert [told for _, told in found] == ["told\n", ""]
     assert not (tmp_path / "run").exists()
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import multiprocessing
 import os
 import resource
@@ -20,6 +22,7 @@ from torch.distributed.tensor import DTensor, Shard
 from readings import no_reading
 from tim.bench.step import StepSize, training_candidates
 from tim.checkpoint import whole
+from tim.cli import tell
 from tim.config import RunConfig
 from tim.data import ArrayDataset, Batch
 from tim.parallel import join
@@ -215,6 +218,18 @@ def try_to_train(config: RunConfig, run: Path, resume: bool) -> str:
     except (OSError, ValueError) as error:
         return f"{type(error).__name__}: {error}"
     return "not refused"
+
+
+def what_a_refused_run_tells(config: RunConfig, run: Path) -> tuple[str, str]:
+    """Its error, and what the command line says of it on this rank."""
+    told = io.StringIO()
+    try:
+        Trainer(config, run)
+    except (OSError, ValueError) as error:
+        with contextlib.redirect_stderr(told):
+            tell("told", error)
+        return f"{type(error).__name__}: {error}", told.getvalue()
+    return "not refused", ""
 
 
 def try_to_train_on_other_data(config: RunConfig, run: Path) -> str:

@@ -13,7 +13,7 @@ from tim.checkpoint import whole
 from tim.checkpoint.directory import begin, commit, set_aside
 from tim.checkpoint.training import DamagedCheckpoint, Training, system_error
 from tim.models.loading import SHARDS, checkpoints
-from tim.parallel import World
+from tim.parallel import World, known_to_all
 
 
 class SaveFailed(RuntimeError):
@@ -95,7 +95,9 @@ class CheckpointStore:
             damaged.append((path, problem))
         else:
             if damaged:
-                raise ValueError(f"{damaged[0][1]}; no older checkpoint of the run is whole")
+                raise known_to_all(
+                    ValueError(f"{damaged[0][1]}; no older checkpoint of the run is whole")
+                )
             return None
         for bad, _ in damaged:
             self.world.from_main(lambda bad=bad: set_aside(bad))

@@ -11,7 +11,7 @@ from tim.parallel.devices import pick_device
 from tim.parallel.heartbeat import Heartbeat
 from tim.parallel.spread import Spread, build_spread, check_spread
 from tim.parallel.stop import StopRequest
-from tim.parallel.world import World, join, launched, leave
+from tim.parallel.world import World, join, known_to_all, launched, leave
 
 __all__ = [
     "Heartbeat",
@@ -21,6 +21,7 @@ __all__ = [
     "build_spread",
     "check_spread",
     "join",
+    "known_to_all",
     "launched",
     "leave",
     "pick_device",

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from tim.parallel.devices import pick_device
 
 T = TypeVar("T")
+E = TypeVar("E", bound=Exception)
 
 
 class World:
@@ -66,7 +67,7 @@ class World:
                 outcome[1] = _portable(error)
         dist.broadcast_object_list(outcome, src=0, group=self.group)
         if outcome[1] is not None:
-            raise _known(outcome[1])
+            raise known_to_all(outcome[1])
         return outcome[0]
 
     def together(self, call: Callable[[], T]) -> T:
@@ -80,7 +81,7 @@ class World:
             error = _portable(found)
         for found in self.exchange(error):
             if found is not None:
-                raise _known(found)
+                raise known_to_all(found)
         return result  # type: ignore[return-value]
 
     def largest(self, *values: float) -> list[float]:
@@ -108,7 +109,7 @@ def leave() -> None:
         dist.destroy_process_group()
 
 
-def _known(error: Exception) -> Exception:
+def known_to_all(error: E) -> E:
     """The error, with a note for whoever tells it that every rank raises it."""
     error.on_all_ranks = True  # type: ignore[attr-defined]
     return error
@@ -142,9 +143,11 @@ def join(device: str, backend: str = "auto", timeout: float = 600.0) -> World:
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     local_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     if device.startswith("cuda:"):
-        raise ValueError(
-            f"train.device must be auto, cpu or cuda with several processes, got {device}: each "
-            "takes the GPU of its local rank"
+        raise known_to_all(
+            ValueError(
+                f"train.device must be auto, cpu or cuda with several processes, got {device}: "
+                "each takes the GPU of its local rank"
+            )
         )
     chosen = pick_device(device)
     if chosen.type == "cuda":
@@ -158,7 +161,7 @@ def join(device: str, backend: str = "auto", timeout: float = 600.0) -> World:
     if backend == "auto":
         backend = "nccl" if chosen.type == "cuda" else "gloo"
     if backend == "nccl" and chosen.type != "cuda":
-        raise ValueError("parallel.backend nccl needs train.device cuda, got a CPU")
+        raise known_to_all(ValueError("parallel.backend nccl needs train.device cuda, got a CPU"))
     if not dist.is_initialized():
         # Both kinds: DTensors and checkpoints also talk from the CPU.
         kinds = "cpu:gloo,cuda:nccl" if backend == "nccl" else "gloo"
