@@ -44,10 +44,20 @@ def main(arguments: list[str]) -> int:
         description=(presets.describe().get(preset)),
         default=Train(run=tyro.MISSING, config=_starting_point(preset, flags)),
     )
+    from tim.data import DataWorkerDied
     from tim.parallel import leave
 
-    code = _train(command)
-    if code != INTERRUPTED:  # other ranks may be in a step still
+    try:
+        code = _train(command)
+    except (ValueError, OSError) as error:
+        if getattr(error, "on_all_ranks", False):
+            leave()
+        raise
+    except DataWorkerDied as stop:
+        # Other ranks may be in a step still, and do not know.
+        tell(f"tim train: {stop}; --resume goes on", stop)
+        return 1
+    if code != INTERRUPTED:  # as above
         leave()
     return code
 
