@@ -7,6 +7,7 @@ the run directory and is all that a resumed run or the sampler needs to know.
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 import types
 from collections.abc import Mapping
@@ -300,8 +301,8 @@ class ParallelConfig:
     def __post_init__(self) -> None:
         if self.shard_size is not None:
             _check(self, "parallel", shard_size=1)
-        if not self.timeout > 0:
-            raise ValueError(f"parallel.timeout must be positive, got {self.timeout}")
+        if not 0 < self.timeout < math.inf:
+            raise ValueError(f"parallel.timeout must be positive and finite, got {self.timeout}")
 
 
 @dataclass(frozen=True)

@@ -48,7 +48,9 @@ def write(folder: Path, staged: Staged) -> None:
     """Write the files of a checkpoint into the empty directory `folder`."""
     for name, tensors in staged.weights.items():
         save_weights(tensors, staged.config, folder / name)
-    torch.save(staged.state, folder / STATE)
+    # Given a path, torch.save hides the system's reason why a file cannot be written.
+    with (folder / STATE).open("wb") as file:
+        torch.save(staged.state, file)
     write_sums(folder, {name: digest(folder / name) for name in CHECKPOINT_FILES})
 
 
