@@ -28,7 +28,12 @@ def test_both_back_ends_have_the_same_functions() -> None:
         functions = {name: getattr(module, name) for name in dir(module) if name[0] != "_"}
         return {name: f.__doc__ for name, f in functions.items() if name != "isa"}
 
-    assert signatures(_extension.C.cpu) == signatures(_extension.C.cuda)
+    cpu, cuda = signatures(_extension.C.cpu), signatures(_extension.C.cuda)
+    # Some operations have other kernels for some architectures, with the same arguments.
+    others = {name: cuda.pop(name) for name in list(cuda) if name.endswith("_hopper")}
+    assert cpu == cuda
+    for name, signature in others.items():
+        assert signature.replace(name, name.removesuffix("_hopper")) in cpu.values()
 
 
 @with_cuda

@@ -7,7 +7,6 @@ the run directory and is all that a resumed run or the sampler needs to know.
 from __future__ import annotations
 
 import dataclasses
-import math
 import os
 import types
 from collections.abc import Mapping
@@ -33,6 +32,9 @@ if TYPE_CHECKING:
     from tim.transports import Transport
 
 T = TypeVar("T")
+
+#: Of `parallel.timeout`, in seconds: a week. Clocks of torch.distributed overflow.
+LONGEST_TIMEOUT = 604800
 
 
 @dataclass(frozen=True)
@@ -301,8 +303,11 @@ class ParallelConfig:
     def __post_init__(self) -> None:
         if self.shard_size is not None:
             _check(self, "parallel", shard_size=1)
-        if not 0 < self.timeout < math.inf:
-            raise ValueError(f"parallel.timeout must be positive and finite, got {self.timeout}")
+        if not 0 < self.timeout <= LONGEST_TIMEOUT:
+            raise ValueError(
+                f"parallel.timeout must be positive and at most {LONGEST_TIMEOUT} s, "
+                f"got {self.timeout}"
+            )
 
 
 @dataclass(frozen=True)

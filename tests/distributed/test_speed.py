@@ -50,8 +50,9 @@ def test_optimizer_and_average_are_a_fused_call_each(tmp_path, strategy) -> None
         assert not [name for name in step if "addcdiv" in name or "lerp" in name]
 
 
-def test_nothing_in_a_step_with_ddp_reads_a_tensor_back(tmp_path) -> None:
-    base = run_config("ddp", accumulate=2)
+@EACH_STRATEGY
+def test_nothing_in_a_step_reads_a_tensor_back(tmp_path, strategy) -> None:
+    base = run_config(strategy, accumulate=2)
     for finite in run_ranks(2, tmp_path / "logs", step_without_reading, base, tmp_path / "run"):
         assert finite
 
