@@ -3,7 +3,9 @@
 import dataclasses
 import json
 import sys
+from unittest import mock
 
+import huggingface_hub
 import pytest
 import torch
 
@@ -18,6 +20,21 @@ from tim.text import TextEncoder
 from tim.trainer import Trainer
 
 WORDS = " ".join([*NUMBERS, *map(str, range(10)), "a handwritten the digit picture of number"])
+
+
+@pytest.fixture(scope="module", autouse=True)
+def classifiers():
+    """Each classifier is trained once: it takes longer than everything else here."""
+    train, found = prompt_accuracy.train_classifier, {}
+
+    def once(x, y, classes, *, seed):
+        key = (x.double().sum().item(), y.sum().item(), tuple(x.shape), classes, seed)
+        if key not in found:
+            found[key] = train(x, y, classes, seed=seed)
+        return found[key]
+
+    with mock.patch.object(prompt_accuracy, "train_classifier", once):
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -106,5 +123,7 @@ def test_an_encoder_inside_a_package(tmp_path, monkeypatch):
     text = TextEncoder.load("tiny-sentence-encoder")
     assert torch.equal(text(["a cat"]), TextEncoder.load(str(package / "model"))(["a cat"]))
     assert "tiny_sentence_encoder" not in sys.modules
+    # The hub would be asked, several times, for what no package has.
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(ValueError, match="folder or hub id of transformers, got no-such-p"):
         TextEncoder.load("no-such-package-of-weights")
