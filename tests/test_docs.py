@@ -63,7 +63,7 @@ def test_files_and_headings_that_a_page_names_exist(page):
 
 def test_every_fault_of_the_table_is_a_test():
     table = (DOCS / "distributed.md").read_text().partition("## Faults")[2].partition("## From")[0]
-    files = ("test_faults.py", "test_data_workers.py")
+    files = ("test_faults.py", "test_data_workers.py", "test_torchrun.py")
     faults = "".join((DOCS.parent / "tests/distributed" / name).read_text() for name in files)
     rows = [row for row in table.splitlines() if row.startswith("| ") and "---" not in row][1:]
     assert len(rows) >= 9
