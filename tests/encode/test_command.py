@@ -7,6 +7,7 @@ import pytest
 import torch
 
 pytest.importorskip("diffusers")
+from PIL import Image
 from safetensors.torch import load_file
 from torch import nn
 
@@ -237,6 +238,10 @@ def test_no_readable_image(vae, tmp_path, capsys):
     (tmp_path / "broken" / "a.png").write_bytes(b"no image")
     assert encoded(tmp_path / "broken", vae, tmp_path / "out") == 2
     assert "none of the 1 images could be read; a.png: Unidentified" in capsys.readouterr().err
+    # Mended, they are read by the same command: nothing is left that says otherwise.
+    assert not (tmp_path / "out").exists()
+    Image.new("RGB", (16, 16)).save(tmp_path / "broken" / "a.png")
+    assert encoded(tmp_path / "broken", vae, tmp_path / "out") == 0
 
 
 def test_no_such_autoencoder(images, tmp_path, capsys):

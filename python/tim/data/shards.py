@@ -128,3 +128,12 @@ def remove_leftovers(folder: Path) -> None:
     """Delete what a killed command left half-written."""
     for path in folder.glob("*.tmp-*"):
         path.unlink()
+
+
+def remove(folder: Path) -> None:
+    """Delete index and shards, and the folder if there is nothing else in it."""
+    shards = [shard_path(folder, number) for number in range(Index.load(folder).shards)]
+    for path in (*shards, folder / INDEX_FILE):
+        path.unlink(missing_ok=True)
+    if not any(folder.iterdir()):
+        folder.rmdir()

@@ -80,7 +80,7 @@ def main(arguments: list[str]) -> int:
 
     from tim.autoencoder import downsampling, enable_tiling, load_autoencoder
     from tim.data.buckets import buckets
-    from tim.data.shards import INDEX_FILE, Index, remove_leftovers
+    from tim.data.shards import INDEX_FILE, Index, remove, remove_leftovers
     from tim.data.sources import open_source
     from tim.encode.job import Job, digest
     from tim.parallel import pick_device
@@ -127,6 +127,7 @@ def main(arguments: list[str]) -> int:
     with _reporting(index) as report:
         done = job.run(command.out, report)
     if not done.encoded + done.kept:
+        remove(command.out)
         name, reason = next(iter(done.skipped.items()))
         raise ValueError(f"none of the {len(source)} images could be read; {name}: {reason}")
     lines = [f"{name}: {reason}" for name, reason in done.skipped.items()]
