@@ -95,3 +95,9 @@ def saved(folder: Path, *parts) -> Path:
     for part in parts:
         part.save_pretrained(folder)
     return folder
+
+
+def cut_in_half(file: Path) -> None:
+    """What an interrupted copy leaves of a file."""
+    data = file.read_bytes()
+    file.write_bytes(data[: len(data) // 2])

@@ -113,6 +113,12 @@ def test_mistakes(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="features must be a folder or hub id") as caught:
         FeatureEncoder.load(str(tmp_path))
     assert "\n" not in str(caught.value)
+    from small_encoders import cut_in_half, gemma, saved
+
+    folder = saved(tmp_path / "cut", gemma())
+    cut_in_half(folder / "model.safetensors")
+    with pytest.raises(ValueError, match=r"^features must be .* deserializing header"):
+        FeatureEncoder.load(str(folder))
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(ImportError, match=r"pip install 'transition-models\[t2i\]'"):
         FeatureEncoder.load(str(tmp_path))

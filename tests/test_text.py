@@ -5,7 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from small_encoders import gemma, saved, t5, tokenizer
+from small_encoders import cut_in_half, gemma, saved, t5, tokenizer
 from tim.text import TextEncoder, escaped
 
 CAPTIONS = ["a photo of red cat on grass", "dog", "blue dog on grass"]
@@ -153,6 +153,10 @@ def test_no_such_encoder(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"^text_encoder must be a folder or hub id") as caught:
         TextEncoder.load(str(tmp_path))
     assert "\n" not in str(caught.value)
+    folder = saved(tmp_path / "cut", gemma(), tokenizer())
+    cut_in_half(folder / "model.safetensors")
+    with pytest.raises(ValueError, match=r"^text_encoder must be .* deserializing header"):
+        TextEncoder.load(str(folder))
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(ImportError, match=r"pip install 'transition-models\[t2i\]'"):
         TextEncoder.load(str(tmp_path))

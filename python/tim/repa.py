@@ -115,9 +115,11 @@ def _from_transformers(name: str) -> FeatureEncoder:
         from transformers.image_processing_base import ImageProcessingMixin
     except ImportError:
         raise ImportError(f"feature encoders need transformers: pip install '{EXTRA}'") from None
+    from safetensors import SafetensorError
+
     try:
         model = transformers.AutoModel.from_pretrained(name)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(
             f"features must be a folder or hub id of transformers, or package.module:attribute, "

@@ -172,6 +172,8 @@ def load_text_model(name: str) -> tuple[nn.Module, Any]:
         import transformers
     except ImportError:
         raise ImportError(f"text encoders need transformers: pip install '{EXTRA}'") from None
+    from safetensors import SafetensorError
+
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(name)
         config = transformers.AutoConfig.from_pretrained(name)
@@ -179,7 +181,7 @@ def load_text_model(name: str) -> tuple[nn.Module, Any]:
         if config.is_encoder_decoder:
             kind = transformers.AutoModelForTextEncoding
         model = kind.from_pretrained(name)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(
             f"text_encoder must be a folder or hub id of transformers, got {name}: {reason}"

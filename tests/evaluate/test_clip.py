@@ -79,10 +79,13 @@ def test_bad_models(folder, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(ValueError, match="clip must be a folder or hub id of transformers"):
         ClipScore.load(str(tmp_path / "absent"))
-    from small_encoders import gemma
+    from small_encoders import cut_in_half, gemma
 
     saved(tmp_path / "gemma", gemma().get_decoder(), tokenizer())
     with pytest.raises(ValueError, match="clip must be a CLIP model, got a Gemma3TextModel"):
+        ClipScore.load(str(tmp_path / "gemma"))
+    cut_in_half(tmp_path / "gemma" / "model.safetensors")
+    with pytest.raises(ValueError, match=r"^clip must be .* deserializing header"):
         ClipScore.load(str(tmp_path / "gemma"))
     monkeypatch.setitem(__import__("sys").modules, "transformers", None)
     with pytest.raises(ImportError, match=r"CLIP score needs transformers: .*\[t2i\]"):

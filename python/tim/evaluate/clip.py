@@ -55,10 +55,12 @@ class ClipScore:
             from transformers.image_processing_base import ImageProcessingMixin
         except ImportError:
             raise ImportError(f"the CLIP score needs transformers: pip install '{EXTRA}'") from None
+        from safetensors import SafetensorError
+
         try:
             model = transformers.AutoModel.from_pretrained(name)
             tokenizer = transformers.AutoTokenizer.from_pretrained(name)
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError, KeyError, SafetensorError) as error:
             reason = " ".join(str(error).split())
             raise ValueError(
                 f"clip must be a folder or hub id of transformers, got {name}: {reason}"
