@@ -150,3 +150,15 @@ def test_mistakes_are_told_in_one_line(folder, tmp_path, capsys, monkeypatch):
     (tmp_path / "empty").mkdir()
     assert "must hold config.json, config.yaml or a released" in told(capsys, tmp_path / "empty")
     assert not out.exists()
+
+
+def test_no_flag_is_passed_over(tmp_path, capsys):
+    """A run on pixels takes few of them; the others are mistakes, and told."""
+    Trainer(run_config(steps=1, checkpoint_every=1), tmp_path / "run").train()
+    sample = [tmp_path / "run", "--steps", 1]
+    assert "differs from the one given" in told(capsys, *sample, "--preset", "tim-xl2-256")
+    assert "give --classes and no prompts" in told(capsys, *sample, "--negative-prompt", "cat")
+    assert "there is no vae to tile" in told(capsys, *sample, "--tile", 64)
+    assert "shift must be positive, got 0" in told(capsys, *sample, "--shift", 0)
+    assert "rope-train-size needs --rope" in told(capsys, *sample, "--rope-train-size", 3)
+    assert not (tmp_path / "run" / "samples").exists()

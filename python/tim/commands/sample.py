@@ -61,6 +61,8 @@ class Sample(SamplingFlags):
 def main(arguments: list[str]) -> int:
     command = parse(Sample, "tim sample", arguments, config=(tyro.conf.DisallowNone,))
     size = parse_size(command.size)
+    if command.rope_train_size is not None and command.rope is None:
+        raise ValueError("rope-train-size needs --rope")
     run = Path(command.source)
     saved = run / "config.yaml"
     config = RunConfig.load(saved) if saved.is_file() else None
@@ -88,15 +90,18 @@ def _is_plain(command: Sample, config: RunConfig) -> bool:
     asked = (
         command.prompt,
         command.size,
+        command.preset,
+        command.negative_prompt,
         command.vae,
         command.text_encoder,
         command.shift,
+        command.tile,
         command.rope,
     )
     return (
         config.model.in_channels in (1, 3)
         and config.model.num_classes is not None
-        and not any(asked)
+        and not any(value not in (None, ()) for value in asked)
     )
 
 
@@ -162,7 +167,7 @@ def _rows_of_pipeline(
     if command.rope is not None:
         pipe.set_rope(command.rope, train_size=command.rope_train_size)
     width, height = size or (None, None)
-    if pipe.vae is not None:
+    if pipe.vae is not None or command.tile is not None:
         pipe.enable_vae_tiling(command.tile)
     pipe.to(device)
     pipe.accelerate(compile=command.compile, cuda_graph=command.cuda_graph)

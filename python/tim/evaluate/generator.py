@@ -143,7 +143,7 @@ class PipelineGenerator(Generator):
             text_encoder=settings.text_encoder,
         )
         pipe.set_progress_bar_config(disable=True)
-        if pipe.vae is not None:
+        if pipe.vae is not None or settings.tile is not None:
             pipe.enable_vae_tiling(settings.tile)
         self.pipe, self.device = pipe.to(device), device
         if settings.cuda_graph:
@@ -219,7 +219,7 @@ def noise_of(seed: int, indices: Sequence[int], shape: tuple[int, ...]) -> Tenso
 
 def _needs_pipeline(config: RunConfig, settings: GeneratorSettings) -> bool:
     model = config.model
-    asked = ("negative_prompt", "shift", "size", "vae", "text_encoder")
+    asked = ("preset", "negative_prompt", "shift", "size", "vae", "text_encoder", "tile")
     return (
         model.in_channels not in (1, 3)
         or model.num_classes is None
