@@ -380,6 +380,13 @@ def test_parts_that_are_missing(labels, text, tmp_path):
         ({"width": -4}, ValueError, "width must be a multiple of 4 .*, got -4"),
         ({"num_inference_steps": 0}, ValueError, "num_inference_steps must be a .*, got 0"),
         ({"guidance_scale": 0.5}, ValueError, r"guidance_scale must be at least 1 .*, got 0.5"),
+        ({"shift": 0}, ValueError, "shift must be positive, got 0"),
+        ({"guidance_interval": (0.9, 0.1)}, ValueError, r"low <= high, got \(0.9, 0.1\)"),
+        (
+            {"callback_on_step_end_tensor_inputs": ["prompt_embeds"]},
+            ValueError,
+            "tensor_inputs must be of latents, got prompt_embeds",
+        ),
         ({"output_type": "jpeg"}, ValueError, "output_type must be one of pil, np.*, got 'jpeg'"),
         ({"latents": torch.zeros(1, 4, 8, 9)}, ValueError, r"latents must have shape \[1, 4, 8, 8"),
         ({"latents": 3}, TypeError, "latents must be a tensor, got int"),

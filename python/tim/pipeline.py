@@ -303,6 +303,18 @@ class TiMPipeline(DiffusionPipeline):
         height = height or config.input_size * self.factor
         width = width or config.input_size * self.factor
         self._check(height, width, num_inference_steps, guidance_scale, output_type, latents)
+        if shift is not None and not shift > 0:
+            raise ValueError(f"shift must be positive, got {shift}")
+        if not guidance_interval[0] <= guidance_interval[1]:
+            raise ValueError(
+                f"guidance_interval must be (low, high) with low <= high, got {guidance_interval}"
+            )
+        if set(callback_on_step_end_tensor_inputs) - set(self._callback_tensor_inputs):
+            raise ValueError(
+                "callback_on_step_end_tensor_inputs must be of "
+                f"{', '.join(self._callback_tensor_inputs)}, "
+                f"got {', '.join(callback_on_step_end_tensor_inputs)}"
+            )
         device = self._execution_device
         if self._cuda_graph:
             check_device(device, "cuda_graph")
