@@ -232,6 +232,25 @@ def test_a_run_brings_its_transport_and_settings(tmp_path):
     assert Sampler.load(tmp_path / "saved").transport == OT_FM
 
 
+def test_a_saved_pipeline_brings_its_settings(text, tmp_path):
+    pytest.importorskip("diffusers")
+    from tim.pipeline import TiMPipeline
+
+    model, encoder = text
+    parts = {"text_encoder": encoder.model, "tokenizer": encoder.tokenizer}
+    pipe = TiMPipeline(model, **parts, max_tokens=5, escape=False, shift_base=16)
+    pipe.save_pretrained(tmp_path)
+    sampler = Sampler.load(tmp_path, **WIDE)
+    assert sampler.shift_base == 16
+    assert (sampler.text_encoder.max_tokens, sampler.text_encoder.escape) == (5, False)
+    (image,) = sampler([Request("a red cat", seed=3)])
+    pipe.set_progress_bar_config(disable=True)
+    generator = torch.Generator().manual_seed(3)
+    noise = torch.randn(1, *image.shape, generator=generator)
+    (expected,) = pipe("a red cat", latents=noise, output_type="latent").images
+    torch.testing.assert_close(image, expected, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("request_", "error", "message"),
     [

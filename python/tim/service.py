@@ -8,6 +8,7 @@ of matrix products.
 from __future__ import annotations
 
 import copy
+import json
 import threading
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from tim._checks import check_number
 from tim.config import RunConfig
 from tim.graphs import check_device
 from tim.models import TiM, load
+from tim.models.loading import PIPELINE_FILE
 from tim.models.released import release_of
 from tim.sampler import sample
 from tim.schedule import resolution_shift
@@ -135,7 +137,8 @@ class Sampler:
         """A sampler around the network that `tim.load` finds in `source`.
 
         A run brings its transport, its shift of the times and the text encoder, guidance and
-        interval of its samples; released weights their text encoder. Any other is of ot_fm.
+        interval of its samples; a saved pipeline shift and text encoder; released weights their
+        text encoder. Any other is of ot_fm.
 
         Args:
             text_encoder: a folder or hub id of transformers, or the encoder itself.
@@ -158,6 +161,11 @@ class Sampler:
                 "cfg_scale": run.sample.cfg_scale,
                 "cfg_interval": run.sample.cfg_interval,
             }
+        elif (Path(source) / PIPELINE_FILE).is_file():
+            saved = json.loads((Path(source) / PIPELINE_FILE).read_text())
+            known = {"shift_base": saved.get("shift_base")}
+            text = {name: saved[name] for name in ("max_tokens", "escape") if name in saved}
+            encoder = encoder or str(source)
         elif encoder is None:
             name = str(source)
             release = release_of(preset=preset) if preset else release_of(file=Path(name).name)

