@@ -6,6 +6,7 @@ import types
 from pathlib import Path
 from weakref import WeakKeyDictionary
 
+import huggingface_hub
 import numpy as np
 import pytest
 import torch
@@ -17,11 +18,11 @@ from safetensors.torch import load_file, save_file
 import tim
 from rehearsal import Rehearsed
 from small_encoders import autoencoder_dc, autoencoder_kl, gemma, saved, tokenizer
-from tim import sampling_graph, transports
+from tim import pipeline, sampling_graph, transports
 from tim.autoencoder import decode
 from tim.models import ARCHITECTURES, TiMConfig
 from tim.models.released import RELEASES
-from tim.pipeline import TiMPipeline, TiMTransformer2DModel
+from tim.pipeline import TiMPipeline, TiMTransformer2DModel, open_pipeline
 from tim.sampler import resolution_shift, sample
 from tim.text import TextEncoder
 from tiny_runs import config as run_config
@@ -233,6 +234,33 @@ def test_component_shares_the_weights_of_the_network():
     assert all(state[k].data_ptr() == v.data_ptr() for k, v in model.state_dict().items())
     component.to(torch.bfloat16)
     assert component.dtype == model.x_embedder.proj.weight.dtype == torch.bfloat16
+
+
+def test_a_pipeline_on_the_hub_is_opened_whole(labels, tmp_path, monkeypatch):
+    labels.save_pretrained(tmp_path / "me" / "fox")
+    monkeypatch.setattr(
+        huggingface_hub, "hf_hub_download", lambda name, file, **_: str(tmp_path / name / file)
+    )
+    asked = []
+    read = TiMPipeline.from_pretrained
+
+    def from_pretrained(name, **options):
+        asked.append(name)
+        return read(tmp_path / name, **options)
+
+    monkeypatch.setattr(TiMPipeline, "from_pretrained", from_pretrained)
+    pipe = open_pipeline("me/fox")
+    assert asked == ["me/fox"] and pipe.network.config == labels.network.config
+    with pytest.raises(ValueError, match="me/fox is a whole pipeline, which has its own vae"):
+        open_pipeline("me/fox", vae="other")
+
+
+@pytest.mark.parametrize("release", RELEASES, ids=lambda release: release.preset)
+def test_a_folder_with_a_published_file_brings_its_encoders(release, tmp_path):
+    (tmp_path / release.file).touch()
+    assert pipeline._release(tmp_path, None) == release
+    (tmp_path / "config.json").touch()
+    assert pipeline._release(tmp_path, None) is None
 
 
 @pytest.mark.parametrize("kind", ["labels", "text"])

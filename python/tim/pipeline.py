@@ -18,8 +18,8 @@ from tim.autoencoder import EXTRA, decode, downsampling, enable_tiling, load_aut
 from tim.config import RunConfig
 from tim.graphs import check_device
 from tim.models import TiM, TiMConfig, load
-from tim.models.loading import PIPELINE_FILE
-from tim.models.released import Release, release_of
+from tim.models.loading import CONFIG_FILE, is_pipeline
+from tim.models.released import RELEASES, Release, release_of
 from tim.sampler import is_guided, predict
 from tim.schedule import resolution_shift, shift_time
 from tim.text import MAX_TOKENS, TextEncoder, load_text_model
@@ -427,12 +427,12 @@ class TiMPipeline(DiffusionPipeline):
 def open_pipeline(
     source: str | Path, *, dtype: torch.dtype | None = None, **options: Any
 ) -> TiMPipeline:
-    """The pipeline saved in a folder, or one around the network in `source`.
+    """The pipeline in a folder or hub repository, or one around the network in `source`.
 
     Args:
         options: as for `TiMPipeline.from_weights`; a saved pipeline takes none.
     """
-    if not (Path(source) / PIPELINE_FILE).is_file():
+    if not is_pipeline(source):
         return TiMPipeline.from_weights(source, dtype=dtype, **options)
     if given := [name for name, value in options.items() if value is not None]:
         raise ValueError(f"{source} is a whole pipeline, which has its own {', '.join(given)}")
@@ -456,5 +456,7 @@ def _release(source: str | Path, preset: str | None) -> Release | None:
     """The release that `tim.load` would take the weights in `source` for, if any."""
     if preset is not None:
         return release_of(preset=preset)
-    name = str(source)
-    return release_of(file=Path(name).name) or release_of(repository=name)
+    name, path = str(source), Path(source)
+    if path.is_dir() and not any((path / own).is_file() for own in (CONFIG_FILE, "config.yaml")):
+        return next((r for r in RELEASES if (path / r.file).is_file()), None)
+    return release_of(file=path.name) or release_of(repository=name)

@@ -15,6 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from tim.models import ARCHITECTURES, TiM, load, loading
+from tim.models.loading import is_pipeline
 from tim.models.released import RELEASES
 
 
@@ -338,8 +339,13 @@ def test_loaded_network_trains(tmp_path):
 def hub(tmp_path, monkeypatch):
     """A stand-in for the hub: repositories are folders."""
 
+    class NotThere(huggingface_hub.errors.EntryNotFoundError, OSError):
+        pass
+
     def download(repository, filename, **_):
         path = tmp_path / repository / filename
+        if (tmp_path / repository).is_dir() and not path.is_file():
+            raise NotThere(f"404: {filename}")
         if not path.is_file():
             raise huggingface_hub.errors.LocalEntryNotFoundError(f"{filename} is not cached\nTry")
         return str(path)
@@ -359,6 +365,26 @@ def test_hub_weight_file(hub):
     (hub / "someone" / "weights").mkdir(parents=True)
     torch.save(model.state_dict(), hub / "someone" / "weights" / "t2i_model.bin")
     assert_same(load("someone/weights/t2i_model.bin", config=CAPTIONS), model)
+
+
+@pytest.mark.parametrize("weights", ["model.safetensors", "diffusion_pytorch_model.safetensors"])
+def test_network_of_a_pipeline_on_the_hub(hub, weights):
+    model, folder = network(LABELS), hub / "someone" / "fox" / "transformer"
+    model.save_pretrained(folder)
+    (folder / "model.safetensors").rename(folder / weights)
+    assert_same(load("someone/fox"), model)
+    assert not is_pipeline("someone/fox")
+    (folder.parent / "model_index.json").write_text("{}")
+    assert is_pipeline("someone/fox") and is_pipeline(folder.parent)
+
+
+def test_repository_without_a_network(hub):
+    (hub / "someone" / "else").mkdir(parents=True)
+    with pytest.raises(FileNotFoundError, match=r"someone/else .* config.json cannot be had"):
+        load("someone/else")
+    assert not is_pipeline("someone/else") and not is_pipeline("GoodEnough/TiM-C2I")
+    with pytest.raises(FileNotFoundError, match=r"nobody/fox .*model_index.json cannot be had"):
+        is_pipeline("nobody/fox")
 
 
 def test_hub_out_of_reach(monkeypatch, tmp_path):

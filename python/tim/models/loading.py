@@ -217,8 +217,45 @@ def _from_hub(name: str, preset: str | None) -> tuple[TiMConfig | None, Path]:
         if preset not in (None, *published):
             raise ValueError(f"{repository} holds {', '.join(published)}, got preset={preset!r}")
         return None, fetch(repository, release_of(repository=repository, preset=preset).file)
-    config = fetch(repository, CONFIG_FILE)
-    return _json_config(config), fetch(repository, WEIGHTS_FILE)
+    config = _fetch_if_there(repository, CONFIG_FILE)
+    if config is not None:
+        return _json_config(config), fetch(repository, WEIGHTS_FILE)
+    if (config := _fetch_if_there(repository, f"transformer/{CONFIG_FILE}")) is None:
+        raise FileNotFoundError(
+            f"{repository} is no path here, and {CONFIG_FILE} cannot be had from the hub, nor a "
+            f"pipeline's transformer/{CONFIG_FILE}"
+        )
+    files = (_fetch_if_there(repository, f"transformer/{name}") for name in WEIGHTS_FILES)
+    found = next((path for path in files if path is not None), None)
+    return _json_config(config), found or fetch(repository, f"transformer/{WEIGHTS_FILE}")
+
+
+def is_pipeline(source: str | Path) -> bool:
+    """Whether a folder, or a hub repository that is no published one, holds a whole pipeline.
+
+    Raises FileNotFoundError as `fetch`, and as `hub_name`.
+    """
+    if Path(source).exists():
+        return (Path(source) / PIPELINE_FILE).is_file()
+    repository, file = hub_name(str(source))
+    if file or any(r.repository == repository for r in RELEASES):
+        return False
+    return _fetch_if_there(repository, PIPELINE_FILE) is not None
+
+
+def _fetch_if_there(repository: str, file: str) -> Path | None:
+    """`fetch`, or None where the repository is known not to hold the file."""
+    from huggingface_hub import constants
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
+    try:
+        return fetch(repository, file)
+    except FileNotFoundError as error:
+        cause = error.__cause__
+        out_of_reach = isinstance(cause, LocalEntryNotFoundError) and not constants.HF_HUB_OFFLINE
+        if isinstance(cause, EntryNotFoundError) and not out_of_reach:
+            return None
+        raise
 
 
 def _metadata_config(path: Path) -> TiMConfig | None:
