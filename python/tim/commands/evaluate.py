@@ -43,7 +43,7 @@ class Evaluate(SamplingFlags):
     seed: int = 0
     """Seed of noise and classifier."""
     cfg_scale: float | None = None
-    """Guidance scale; by default the run's own."""
+    """Guidance scale; by default that of the run, and 1 (none) of what is no run."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
     features: str = "auto"
