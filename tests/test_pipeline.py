@@ -18,9 +18,10 @@ from safetensors.torch import load_file, save_file
 import tim
 from rehearsal import Rehearsed
 from small_encoders import autoencoder_dc, autoencoder_kl, gemma, saved, tokenizer
-from tim import pipeline, sampling_graph, transports
+from tim import sampling_graph, transports
 from tim.autoencoder import decode
 from tim.models import ARCHITECTURES, TiMConfig
+from tim.models.loading import release_at
 from tim.models.released import RELEASES
 from tim.pipeline import TiMPipeline, TiMTransformer2DModel, open_pipeline
 from tim.sampler import resolution_shift, sample
@@ -258,9 +259,9 @@ def test_a_pipeline_on_the_hub_is_opened_whole(labels, tmp_path, monkeypatch):
 @pytest.mark.parametrize("release", RELEASES, ids=lambda release: release.preset)
 def test_a_folder_with_a_published_file_brings_its_encoders(release, tmp_path):
     (tmp_path / release.file).touch()
-    assert pipeline._release(tmp_path, None) == release
+    assert release_at(tmp_path, None) == release
     (tmp_path / "config.json").touch()
-    assert pipeline._release(tmp_path, None) is None
+    assert release_at(tmp_path, None) is None
 
 
 @pytest.mark.parametrize("kind", ["labels", "text"])

@@ -18,8 +18,7 @@ from tim.autoencoder import EXTRA, decode, downsampling, enable_tiling, load_aut
 from tim.config import RunConfig
 from tim.graphs import check_device
 from tim.models import TiM, TiMConfig, load
-from tim.models.loading import CONFIG_FILE, is_pipeline
-from tim.models.released import RELEASES, Release, release_of
+from tim.models.loading import pipeline_index, release_at
 from tim.sampler import is_guided, predict
 from tim.schedule import resolution_shift, shift_time
 from tim.text import MAX_TOKENS, TextEncoder, load_text_model
@@ -165,7 +164,7 @@ class TiMPipeline(DiffusionPipeline):
             }
             options = {**known, **options}
         network = load(source, preset=preset, config=config, dtype=dtype)
-        release = _release(source, preset)
+        release = release_at(source, preset)
         vae = vae or (release and release.autoencoder)
         text_encoder = text_encoder or (release and release.text_encoder)
         wanted = network.config
@@ -432,7 +431,7 @@ def open_pipeline(
     Args:
         options: as for `TiMPipeline.from_weights`; a saved pipeline takes none.
     """
-    if not is_pipeline(source):
+    if pipeline_index(source) is None:
         return TiMPipeline.from_weights(source, dtype=dtype, **options)
     if given := [name for name, value in options.items() if value is not None]:
         raise ValueError(f"{source} is a whole pipeline, which has its own {', '.join(given)}")
@@ -450,13 +449,3 @@ def _run_config(run: Path) -> RunConfig:
             "use tim.sample"
         )
     return config
-
-
-def _release(source: str | Path, preset: str | None) -> Release | None:
-    """The release that `tim.load` would take the weights in `source` for, if any."""
-    if preset is not None:
-        return release_of(preset=preset)
-    name, path = str(source), Path(source)
-    if path.is_dir() and not any((path / own).is_file() for own in (CONFIG_FILE, "config.yaml")):
-        return next((r for r in RELEASES if (path / r.file).is_file()), None)
-    return release_of(file=path.name) or release_of(repository=name)

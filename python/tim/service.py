@@ -21,8 +21,7 @@ from tim._checks import check_number
 from tim.config import RunConfig
 from tim.graphs import check_device
 from tim.models import TiM, load
-from tim.models.loading import PIPELINE_FILE
-from tim.models.released import release_of
+from tim.models.loading import pipeline_index, release_at
 from tim.sampler import sample
 from tim.schedule import resolution_shift
 from tim.text import TextEncoder
@@ -161,15 +160,13 @@ class Sampler:
                 "cfg_scale": run.sample.cfg_scale,
                 "cfg_interval": run.sample.cfg_interval,
             }
-        elif (Path(source) / PIPELINE_FILE).is_file():
-            saved = json.loads((Path(source) / PIPELINE_FILE).read_text())
+        elif (index := pipeline_index(source)) is not None:
+            saved = json.loads(index.read_text())
             known = {"shift_base": saved.get("shift_base")}
             text = {name: saved[name] for name in ("max_tokens", "escape") if name in saved}
             encoder = encoder or str(source)
         elif encoder is None:
-            name = str(source)
-            release = release_of(preset=preset) if preset else release_of(file=Path(name).name)
-            release = release or release_of(repository=name, preset=preset)
+            release = release_at(source, preset)
             encoder = release and release.text_encoder
         model = load(source, preset=preset, device=device, dtype=dtype)
         if model.config.num_classes is not None:

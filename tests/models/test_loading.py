@@ -15,7 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from tim.models import ARCHITECTURES, TiM, load, loading
-from tim.models.loading import is_pipeline
+from tim.models.loading import pipeline_index
 from tim.models.released import RELEASES
 
 
@@ -373,18 +373,19 @@ def test_network_of_a_pipeline_on_the_hub(hub, weights):
     model.save_pretrained(folder)
     (folder / "model.safetensors").rename(folder / weights)
     assert_same(load("someone/fox"), model)
-    assert not is_pipeline("someone/fox")
+    assert pipeline_index("someone/fox") is None
     (folder.parent / "model_index.json").write_text("{}")
-    assert is_pipeline("someone/fox") and is_pipeline(folder.parent)
+    index = folder.parent / "model_index.json"
+    assert pipeline_index("someone/fox") == pipeline_index(folder.parent) == index
 
 
 def test_repository_without_a_network(hub):
     (hub / "someone" / "else").mkdir(parents=True)
     with pytest.raises(FileNotFoundError, match=r"someone/else .* config.json cannot be had"):
         load("someone/else")
-    assert not is_pipeline("someone/else") and not is_pipeline("GoodEnough/TiM-C2I")
+    assert pipeline_index("someone/else") is pipeline_index("GoodEnough/TiM-C2I") is None
     with pytest.raises(FileNotFoundError, match=r"nobody/fox .*model_index.json cannot be had"):
-        is_pipeline("nobody/fox")
+        pipeline_index("nobody/fox")
 
 
 def test_hub_out_of_reach(monkeypatch, tmp_path):

@@ -230,17 +230,30 @@ def _from_hub(name: str, preset: str | None) -> tuple[TiMConfig | None, Path]:
     return _json_config(config), found or fetch(repository, f"transformer/{WEIGHTS_FILE}")
 
 
-def is_pipeline(source: str | Path) -> bool:
-    """Whether a folder, or a hub repository that is no published one, holds a whole pipeline.
+def pipeline_index(source: str | Path) -> Path | None:
+    """model_index.json of a whole pipeline, in a folder or a hub repository that is no published
+    one; None for what is no pipeline.
 
     Raises FileNotFoundError as `fetch`, and as `hub_name`.
     """
     if Path(source).exists():
-        return (Path(source) / PIPELINE_FILE).is_file()
+        index = Path(source) / PIPELINE_FILE
+        return index if index.is_file() else None
     repository, file = hub_name(str(source))
     if file or any(r.repository == repository for r in RELEASES):
-        return False
-    return _fetch_if_there(repository, PIPELINE_FILE) is not None
+        return None
+    return _fetch_if_there(repository, PIPELINE_FILE)
+
+
+def release_at(source: str | Path, preset: str | None) -> Release | None:
+    """The release that `load` would take the weights in `source` for, if any."""
+    if preset is not None:
+        return release_of(preset=preset)
+    path = Path(source)
+    if path.is_dir():
+        own = any((path / name).is_file() for name in (CONFIG_FILE, "config.yaml"))
+        return None if own else _release_in(path, preset)
+    return release_of(file=path.name) or release_of(repository=str(source))
 
 
 def _fetch_if_there(repository: str, file: str) -> Path | None:
