@@ -251,6 +251,26 @@ def test_a_saved_pipeline_brings_its_settings(text, tmp_path):
     torch.testing.assert_close(image, expected, rtol=1e-4, atol=1e-5)
 
 
+def test_a_pipeline_on_the_hub_brings_its_shift(labels, tmp_path, monkeypatch):
+    pytest.importorskip("diffusers")
+    import huggingface_hub
+
+    from tim.pipeline import TiMPipeline
+
+    class NotThere(huggingface_hub.errors.EntryNotFoundError, OSError):
+        pass
+
+    def download(repository, file, **_):
+        if not (tmp_path / repository / file).is_file():
+            raise NotThere(file)
+        return str(tmp_path / repository / file)
+
+    TiMPipeline(labels, shift_base=16).save_pretrained(tmp_path / "me" / "fox")
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    sampler = Sampler.load("me/fox")
+    assert sampler.shift_base == 16 and sampler.model.config == labels.config
+
+
 @pytest.mark.parametrize(
     ("request_", "error", "message"),
     [
