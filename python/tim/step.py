@@ -147,7 +147,7 @@ class TrainingStep:
             means = torch.stack(parts).mean(0) if len(parts) > 1 else parts[0]
             values = torch.cat([self.spread.mean(means), norm.view(1)])
             # Infinity times zero is not zero.
-            skip = ((values * 0).sum() != 0).float()
+            skip = (values * 0).sum().ne_(0).float()
             clip = self.config.train.clip_norm
             scale = (norm / clip).clamp(min=1) if clip > 0 else None
         with self._phase(PHASES[3]):

@@ -1,6 +1,7 @@
 """From latents, times, labels and captions to tokens and conditioning vectors."""
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn as nn
@@ -66,27 +67,31 @@ class TimeEmbedder(nn.Module):
 def time_features(t: Operand) -> Operand:
     """Cosines, then sines of the times t [B]: [B, 256], float64 for float64 times, else float32."""
     if not isinstance(t, Pair):
-        return torch.cat(_cosines_and_sines(_angles(t)), dim=1)
-    angles = _angles(t.primal)
-    cosines, sines = _cosines_and_sines(angles)
+        angles = _angles(t, _frequencies)
+        return torch.cat((angles.cos(), angles.sin()), dim=1)
+    angles = _angles(t.primal, _frequencies)
+    cosines, sines = angles.cos(), angles.sin()
     with torch.no_grad():
-        first, turning = len(angles) - len(t.tangent), _angles(t.tangent.to(angles.dtype))
-        tangent = torch.cat((-sines[first:] * turning, cosines[first:] * turning), dim=1)
+        first = len(angles) - len(t.tangent)
+        turning = _angles(t.tangent.to(angles.dtype), _turning)
+        tangent = torch.cat((sines[first:], cosines[first:]), dim=1) * turning
     return Pair(torch.cat((cosines, sines), dim=1), tangent)
 
 
-def _angles(t: Tensor) -> Tensor:
+def _angles(t: Tensor, frequencies: Callable[[torch.device, torch.dtype], Tensor]) -> Tensor:
     dtype = torch.promote_types(t.dtype, torch.float32)
-    return t.to(dtype)[:, None] * cached(_frequencies, t.device, dtype)
-
-
-def _cosines_and_sines(angles: Tensor) -> tuple[Tensor, Tensor]:
-    return angles.cos(), angles.sin()
+    return t.to(dtype)[:, None] * cached(frequencies, t.device, dtype)
 
 
 def _frequencies(device: torch.device, dtype: torch.dtype) -> Tensor:
     steps = torch.arange(FREQUENCIES, dtype=torch.float64, device=device)
     return torch.exp(steps * (-math.log(MAX_PERIOD) / FREQUENCIES)).to(dtype)
+
+
+def _turning(device: torch.device, dtype: torch.dtype) -> Tensor:
+    """How fast cosines follow the sines and sines the cosines."""
+    frequencies = _frequencies(device, dtype)
+    return torch.cat((-frequencies, frequencies))
 
 
 class LabelEmbedder(nn.Module):
