@@ -50,8 +50,8 @@ TIM_DEVICE void for_each_pack(int channels, const Body& body) {
 }
 
 template <int n, class T>
-TIM_DEVICE Pack<T, n> read_or_zero(const T* p, int channel) {
-    return p == nullptr ? Pack<T, n>{} : read<n>(p + channel);
+TIM_DEVICE Pack<T, n> read_or_zero(const T* p, int64_t at) {
+    return p == nullptr ? Pack<T, n>{} : read<n>(p + at);
 }
 
 // The packs of one row, or zeros where p is null, all on their way at once. Single values are not

@@ -175,7 +175,7 @@ void adaln_backward(const void* dout, const void* dres, const void* res, const v
                        row_grid(call, batch * tokens, block), block, row_bytes(block, 2), in, to,
                        size);
                 const dim3 grid(unsigned(ceil_div(channels, kColumnLanes * n)),
-                                unsigned(batch < kMaxGridY ? batch : kMaxGridY));
+                                grid_rows(call, batch));
                 const int sums = gated ? 3 : 2;
                 launch(call, gated ? columns_backward<true, T, n> : columns_backward<false, T, n>,
                        grid, kColumnThreads, kColumnWarps * sums * kColumnLanes * n * sizeof(float),

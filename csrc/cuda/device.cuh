@@ -10,11 +10,6 @@
 namespace tim::cuda {
 
 constexpr int kWarp = 32;
-#ifdef __CUDACC__
-constexpr int kMaxGridY = 65535;
-#else
-constexpr int kMaxGridY = 2;  // so that the emulator's blocks take several turns at small sizes
-#endif
 
 TIM_DEVICE int lane() { return threadIdx.x % kWarp; }
 
@@ -137,6 +132,12 @@ inline int device_attribute(const Call& call, cudaDeviceAttr attribute) {
 
 inline int multiprocessors(const Call& call) {
     return device_attribute(call, cudaDevAttrMultiProcessorCount);
+}
+
+// Rows of a grid for so many samples, of which a block takes every gridDim.y-th.
+inline unsigned grid_rows(const Call& call, int64_t samples) {
+    const int64_t most = device_attribute(call, cudaDevAttrMaxGridDimY);
+    return unsigned(samples < most ? samples : most);
 }
 
 // Lets blocks of the kernel have more shared memory than the 48 KiB that all may take.

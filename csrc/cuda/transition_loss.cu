@@ -327,8 +327,7 @@ void transition_loss_backward(const float* scale, const void* F, const void* tar
             constexpr int kWidth = decltype(width)::kValue;
             const int64_t packs = positions / kWidth;
             const dim3 block = backward_block(channels, packs);
-            const dim3 grid(unsigned(ceil_div(packs, block.x)),
-                            unsigned(batch < kMaxGridY ? batch : kMaxGridY));
+            const dim3 grid(unsigned(ceil_div(packs, block.x)), grid_rows(call, batch));
             launch(call, backward<T, D, kWidth>, grid, block, shared_bytes(block, kWidth), scale,
                    array<T>(F), array<D>(target), array<T>(dF), batch, int(channels), positions,
                    cosine);

@@ -15,17 +15,20 @@ namespace tim::emulator {
 inline void define_controls(pybind11::module_& m) {
     m.def(
         "set_device",
-        [](int multiprocessors, uint32_t order, int shared_bytes, bool runs, int capability) {
+        [](int multiprocessors, uint32_t order, int shared_bytes, bool runs, int capability,
+           int max_grid_y) {
             device().multiprocessors = multiprocessors;
             device().order = order;
             device().shared_bytes = shared_bytes;
             device().runs = runs;
             device().capability = capability;
+            device().max_grid_y = max_grid_y;
             launches().clear();
         },
         pybind11::arg("multiprocessors") = 2, pybind11::arg("order") = 0,
         pybind11::arg("shared_bytes") = Device().shared_bytes, pybind11::arg("runs") = true,
         pybind11::arg("capability") = Device().capability,
+        pybind11::arg("max_grid_y") = Device().max_grid_y,
         "Size of the device and of a block's shared memory, the seed that shuffles blocks and "
         "threads (0: natural order), and whether kernels run or are only recorded.");
     m.def(

@@ -146,6 +146,7 @@ enum cudaError_t : int {
     cudaErrorLaunchFailure = 719,
 };
 enum cudaDeviceAttr {
+    cudaDevAttrMaxGridDimY = 6,
     cudaDevAttrMultiProcessorCount = 16,
     cudaDevAttrComputeCapabilityMajor = 75,
     cudaDevAttrComputeCapabilityMinor = 76,

@@ -11,6 +11,7 @@ namespace tim::emulator {
 
 struct Device {
     int multiprocessors = 2;            // few, so that blocks take several turns
+    int max_grid_y = 2;                 // for the same reason; 65535 on every GPU
     uint64_t last_blocks = UINT64_MAX;  // so many blocks of a launch run, the last ones
     int capability = 80;                // compute capability 8.0
     int shared_bytes = 163 * 1024;  // per block, after opting in: that of compute capability 8.0

@@ -141,6 +141,9 @@ cudaError_t cudaGetDevice(int* number) {
 
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
     switch (attribute) {
+        case cudaDevAttrMaxGridDimY:
+            *value = device().max_grid_y;
+            return cudaSuccess;
         case cudaDevAttrMultiProcessorCount:
             *value = device().multiprocessors;
             return cudaSuccess;
