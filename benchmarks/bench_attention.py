@@ -7,7 +7,7 @@ asked; the backends of scaled_dot_product_attention; flash-attn and jvp-flash-at
 are installed and there is a GPU. Sizes are those of the models, and n64-d64 to n16384-d128; a CPU
 measures 16384 tokens only when `--sizes` names them.
 
-Bound by matrix products: two forward, five backward, seven for output and tangent together, counted
+Bound by matrix products: two forward, five backward, six for output and tangent together, counted
 without padding.
 """
 

@@ -160,6 +160,10 @@ def evidence() -> list[tuple[str, str]]:
 
 
 def _version(package: str) -> str:
+    if package == "torch":  # which CUDA it is for stands only there
+        import torch
+
+        return torch.__version__
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:

@@ -45,6 +45,14 @@ def assert_close(
     )
 
 
+def skip_unless_tangents_survive(mode: Callable) -> None:
+    """PyTorch 2.11 loses the tangents of its own functions in inference mode, too."""
+    with mode():
+        x = torch.ones(1)
+        if not torch.func.jvp(torch.sin, (x,), (x,))[1].any():
+            pytest.skip("this PyTorch loses all tangents in inference mode")
+
+
 class OpContract:
     """Describe the operation in a subclass; `inputs` decides everything else."""
 
@@ -244,6 +252,7 @@ class Tangent(OpContract):
             with torch.no_grad():
                 return self.jvp(self.op, inputs, tangents)[1]
         if mode == "inference_mode":
+            skip_unless_tangents_survive(torch.inference_mode)
             with torch.inference_mode():
                 return self.jvp(self.op, inputs, tangents)[1]
         if mode == "with_graph":

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from contract import assert_close
+from contract import assert_close, skip_unless_tangents_survive
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
@@ -97,6 +97,10 @@ MODES = {
 }
 
 
+#: Before PyTorch 2.13 FSDP2 asks for the storage of torch.func's wrappers, which have none.
+NOT_HERE = {name for name in MODES if name.startswith("fsdp") and torch.__version__ < (2, 13)}
+
+
 def run_rank(rank: int, folder: str) -> None:
     try:
         torch.set_num_threads(1)
@@ -104,6 +108,8 @@ def run_rank(rank: int, folder: str) -> None:
         dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=RANKS)
         results = {}
         for name, (wrap, checkpointing) in MODES.items():
+            if name in NOT_HERE:
+                continue
             network = wrap(Network(checkpointing=checkpointing))
             values = step(network, *batch(rank), passes=1 + checkpointing)
             results[name] = (*values, *gradients(network))
@@ -146,6 +152,8 @@ def expected(dtype: torch.dtype) -> tuple[list[tuple[Tensor, Tensor]], list[Tens
 
 @pytest.mark.parametrize("mode", MODES)
 def test_value_tangent_and_gradients_over_processes(mode, ranks):
+    if mode in NOT_HERE:
+        pytest.skip("FSDP2 of this PyTorch cannot run inside torch.func.jvp")
     exact, exact_gradients = expected(torch.float64)
     yardstick, yardstick_gradients = expected(torch.float32)
     for rank, results in enumerate(ranks):
@@ -251,6 +259,7 @@ def test_a_second_use_without_gradient_and_a_third_with(other, compiled, functio
         out = plain(*leaves, *rest)
         return [out.detach(), *torch.autograd.grad(out, leaves, v)]
 
+    skip_unless_tangents_survive(other)
     first, (out, tangent) = trained(), dual(qkv[0])
     assert tangent.abs().max() > 0
     with other():

@@ -78,7 +78,9 @@ def attention(
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
     bounds = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
-    device = _SEEN.recall(q, k, v) if bounds.count(None) == 4 else None
+    device = None
+    if cu_seqlens_q is cu_seqlens_k is max_seqlen_q is max_seqlen_k is None:
+        device = _SEEN.recall(q, k, v)
     if device is not None:
         operands = primals = (q, k, v)
         tangents = packing = None
