@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 from contract import assert_close
@@ -62,6 +64,19 @@ def test_versions_for_hopper_run_where_they_are_chosen(choice) -> None:
     yardstick = derivatives(ops.attention_reference, qkv, tangents)
     for i, values in enumerate(zip(actual, exact, yardstick, strict=True)):
         assert_close(*values, 2 if i == 0 else 3, f"result {i}")
+
+
+@pytest.mark.parametrize("choice", ["on", "off"])
+def test_packed_sequences_keep_the_fused_pass(choice) -> None:
+    """No version for Hopper takes them."""
+    qkv, tangents = operands(64, batch=1)
+    rows = torch.tensor([0, 9, 20]), torch.tensor([0, 30, 33])
+    packed = functools.partial(ops.attention, cu_seqlens_q=rows[0], cu_seqlens_k=rows[1])
+    launched.clear()
+    with emulated() as emulator, hopper(choice):
+        emulator.set_device(capability=90, shared_bytes=227 * 1024)
+        derivatives(functools.partial(packed, backend="kernel"), qkv, tangents)
+    assert launched == ["attention_dual", "attention_backward"]
 
 
 def test_an_unknown_choice_is_refused() -> None:

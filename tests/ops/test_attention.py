@@ -296,16 +296,27 @@ def test_bad_input():
         ops.attention(q, q, q, backend="fast")
     with pytest.raises(ValueError, match="max_seqlen_k must come with cu_seqlens, got 3 without"):
         ops.attention(q, q, q, max_seqlen_k=3)
+    with pytest.raises(ValueError, match="q must have at least one number per head"):
+        ops.attention(q[..., :0], q[..., :0], q[..., :0])
+    with pytest.raises(TypeError, match="scale must be a number, got 'a'"):
+        ops.attention(q, q, q, scale="a")
+    with pytest.raises(ValueError, match="scale must be finite, got nan"):
+        ops.attention(q, q, q, scale=math.nan)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["kernel", "reference"])
-def test_bad_packing(dtype):
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["kernel", "no kernel"])
+def test_bad_packing(dtype, backend):
     q, rows = torch.ones(1, 3, 2, 4, dtype=dtype), torch.tensor([0, 3])
 
     def attempt(q=q, cu_seqlens_q=rows, cu_seqlens_k=rows, **more):
-        ops.attention(q, q, q, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, **more)
+        rows = {"cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k}
+        ops.attention(q, q, q, **rows, backend=backend, **more)
 
     attempt()
+    attempt(q[:, :0], torch.tensor([0]), torch.tensor([0]))
+    with pytest.raises(TypeError, match="cu_seqlens_k must be a tensor, got list"):
+        attempt(cu_seqlens_k=[0, 3])
     with pytest.raises(ValueError, match="needs packed inputs with B = 1, got B = 2"):
         attempt(torch.ones(2, 3, 2, 4, dtype=dtype))
     with pytest.raises(ValueError, match="cu_seqlens_k must be given together"):
@@ -314,10 +325,19 @@ def test_bad_packing(dtype):
         attempt(cu_seqlens_q=torch.tensor([0.0, 3.0]))
     with pytest.raises(ValueError, match="as many entries as cu_seqlens_q, 2, got 3"):
         attempt(cu_seqlens_k=torch.tensor([0, 1, 3]))
-    for bad in ([0, 4], [1, 3], [0, 2]):
+    for few in ([], [0]):
+        with pytest.raises(ValueError, match="cu_seqlens_q must have at least two entries for 3 t"):
+            attempt(cu_seqlens_q=torch.tensor(few, dtype=torch.int32), cu_seqlens_k=rows[:1])
+    for bad in ([0, 4], [1, 3], [0, 2], [0, 2**32 + 3]):
         with pytest.raises(ValueError, match=r"cu_seqlens_k must ascend from 0 to 3, got \["):
             attempt(cu_seqlens_k=torch.tensor(bad))
     with pytest.raises(ValueError, match=r"must ascend from 0 to 3, got \[0, 2, 1, 3\]"):
         attempt(cu_seqlens_q=torch.tensor([0, 2, 1, 3]), cu_seqlens_k=torch.tensor([0, 1, 2, 3]))
     with pytest.raises(ValueError, match="max_seqlen_q must be at least 3, the longest, got 2"):
         attempt(max_seqlen_q=2)
+    for wrong in (0, -1):
+        with pytest.raises(ValueError, match=f"max_seqlen_k must be at least 1, got {wrong}"):
+            attempt(max_seqlen_k=wrong)
+    for wrong in ("a", 2.0, True):
+        with pytest.raises(TypeError, match=f"max_seqlen_k must be an integer, got {wrong!r}"):
+            attempt(max_seqlen_k=wrong)

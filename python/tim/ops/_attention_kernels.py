@@ -10,7 +10,7 @@ from torch import Tensor
 from tim.ops import _attention_forward as forward
 from tim.ops import _dispatch as dispatch
 from tim.ops import pairs
-from tim.ops._attention_hopper import version_of
+from tim.ops._attention_hopper import VERSIONS, version_of
 
 #: Devices whose backward pass keeps rowsum(grad * out) in memory that it is given.
 WITH_SCRATCH = {"cuda"}
@@ -106,7 +106,8 @@ def _tangent(
     tangents = tuple(map(_operand, (t_q, t_k, t_v)))
     first = q.shape[0] - pairs.count(tangents)
     fused = source == "kernel" and dispatch.has_kernel("attention_dual", q.device.type)
-    if version_of("attention_tangent", q.device.type) != "attention_tangent":
+    # Hopper's versions have no fused pass, but hand packed sequences on to the kernels that have.
+    if cu_seqlens_q is None and version_of("attention_tangent", q.device.type) in VERSIONS.values():
         fused = False
     if not fused:
         out, lse = _forward(q, k, v, *packing, scale, source)

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch._C._functorch import TransformType
 from torch.autograd import forward_ad
 
+from tim._checks import check_number, check_tensor
 from tim.ops import _attention_forward as forward
 from tim.ops import _attention_kernels as kernels
 from tim.ops import _dispatch as dispatch
@@ -55,8 +56,9 @@ def attention(
         q: [B, N, H, D]; k, v: [B, M, H, D]; any strides.
         cu_seqlens_q, cu_seqlens_k: int [S + 1] on the device of q, row offsets of S packed
             sequences; B must then be 1. Sequence i of q attends to sequence i of k and v only; a
-            query without keys gets zero. On a GPU their values are not checked, as reading them
-            would wait for it.
+            query without keys gets zero. On a GPU, and inside torch.compile, their values are not
+            checked, as reading them would wait for it: there, rows behind the last one are not
+            written.
         max_seqlen_q, max_seqlen_k: upper bounds of the sequences' lengths, which may spare a GPU
             some work.
         scale: 1 / sqrt(D) when None.
@@ -89,7 +91,11 @@ def attention(
         _check(*primals)
         packing = _packing(*primals[:2], *bounds)
         _note(device, (q, k, v), primals, packing)
-    scale = 1 / math.sqrt(primals[0].shape[-1]) if scale is None else float(scale)
+    if scale is None:
+        scale = 1 / math.sqrt(primals[0].shape[-1])
+    elif type(scale) is not float or not math.isfinite(scale):
+        check_number("scale", scale)
+        scale = float(scale)
     source = _choose(device, primals, tangents, packing, backend)
     if source == "reference":
         offsets = () if packing is None else packing[:2]
@@ -174,6 +180,8 @@ def _check(q: Tensor, k: Tensor, v: Tensor) -> None:
     if q.dim() != 4:
         raise ValueError(f"q must have shape [B, N, H, D], got {list(q.shape)}")
     batch, _, heads, head_dim = q.shape
+    if head_dim == 0:
+        raise ValueError(f"q must have at least one number per head, got {list(q.shape)}")
     if k.dim() != 4 or (k.shape[0], *k.shape[2:]) != (batch, heads, head_dim):
         raise ValueError(
             f"k must have shape [B, M, H, D] = [{batch}, M, {heads}, {head_dim}], "
@@ -197,28 +205,55 @@ def _packing(
         if k.shape[1] == 0:
             raise ValueError("k must hold at least one token, got M = 0")
         return None
-    offsets = []
-    for name, cu_seqlens in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
+    offsets, longest = [], []
+    for name, cu_seqlens, x, bound in (
+        ("cu_seqlens_q", cu_seqlens_q, q, max_seqlen_q),
+        ("cu_seqlens_k", cu_seqlens_k, k, max_seqlen_k),
+    ):
         if cu_seqlens is None:
             raise ValueError(f"{name} must be given together with the other cu_seqlens, got None")
-        if q.shape[0] != 1:
-            raise ValueError(f"{name} needs packed inputs with B = 1, got B = {q.shape[0]}")
-        if cu_seqlens.dim() != 1 or cu_seqlens.dtype not in (torch.int32, torch.int64):
-            raise ValueError(
-                f"{name} must be an integer vector [S + 1], got {cu_seqlens.dtype} "
-                f"{list(cu_seqlens.shape)}"
-            )
-        if cu_seqlens.device != q.device:
-            raise ValueError(f"{name} must be on {q.device} like q, got {cu_seqlens.device}")
+        check_tensor(name, cu_seqlens)
+        longest.append(_longest(name.replace("cu_seqlens", "max_seqlen"), x.shape[1], bound))
+        _check_offsets(name, cu_seqlens, x, longest[-1])
         offsets.append(cu_seqlens.to(torch.int32).contiguous())
     if len(offsets[0]) != len(offsets[1]):
         raise ValueError(
             f"cu_seqlens_k must have as many entries as cu_seqlens_q, {len(offsets[0])}, "
             f"got {len(offsets[1])}"
         )
-    longest_q = q.shape[1] if max_seqlen_q is None else max_seqlen_q
-    longest_k = k.shape[1] if max_seqlen_k is None else max_seqlen_k
-    return *offsets, longest_q, longest_k
+    return *offsets, *longest
+
+
+def _check_offsets(name: str, cu_seqlens: Tensor, packed: Tensor, longest: int) -> None:
+    batch, tokens = packed.shape[:2]
+    if batch != 1:
+        raise ValueError(f"{name} needs packed inputs with B = 1, got B = {batch}")
+    if cu_seqlens.dim() != 1 or cu_seqlens.dtype not in (torch.int32, torch.int64):
+        raise ValueError(
+            f"{name} must be an integer vector [S + 1], got {cu_seqlens.dtype} "
+            f"{list(cu_seqlens.shape)}"
+        )
+    if cu_seqlens.device != packed.device:
+        raise ValueError(f"{name} must be on {packed.device} like q, got {cu_seqlens.device}")
+    if len(cu_seqlens) < 2 and tokens:
+        raise ValueError(
+            f"{name} must have at least two entries for {tokens} tokens, got {len(cu_seqlens)}"
+        )
+    # The values are read where that makes nobody wait: not on a GPU, nor of a compiler's tensors.
+    ordinary = type(cu_seqlens) is Tensor and cu_seqlens.device.type == "cpu"
+    if ordinary and not torch.compiler.is_compiling():
+        kernels.first_rows(name, cu_seqlens, tokens, longest)
+
+
+def _longest(name: str, tokens: int, given: int | None) -> int:
+    """The upper bound of the sequences' lengths."""
+    if given is None:
+        return tokens
+    if isinstance(given, bool) or not isinstance(given, (int, torch.SymInt)):
+        raise TypeError(f"{name} must be an integer, got {given!r}")
+    if given < min(tokens, 1):
+        raise ValueError(f"{name} must be at least {min(tokens, 1)}, got {given}")
+    return given
 
 
 def _choose(
