@@ -64,6 +64,19 @@ def test_sizes_are_told_apart_and_those_of_the_models() -> None:
     assert {size.head_dim for size in ATTENTION_SIZES["cuda"]} == {64, 72, 128}
 
 
+def test_a_gpu_measures_the_batch_of_training_and_images_of_1024_pixels() -> None:
+    by_name = {size.name: size for size in SIZES["cuda"]}
+    assert by_name["xl2-256"].batch == by_name["xl2-256"].images == 128
+    xl1 = by_name["xl1-1024"]
+    # An autoencoder of factor 32 with 32 channels, patches of one latent.
+    assert xl1.latents == (32, 1024 // 32, 1024 // 32)
+    assert (xl1.tokens, xl1.heads, xl1.head_dim, xl1.hidden) == (1024, 16, 72, 1152)
+    for operation in OPERATIONS:
+        small = [size.name for size in operation.sizes("cuda") if size.images == 16]
+        objective = operation.kernel in ("interpolate", "transition_loss")
+        assert small == (["xl2-256 x 16", "xl1-1024 x 16"] if objective else [])
+
+
 def test_traffic_reads_and_writes_everything_once() -> None:
     cells, tokens, hidden = 2 * 6 * 40, 2 * 6 * 24, 2 * 24
     assert problem("swiglu", "forward").traffic_bytes() == 4 * 3 * cells

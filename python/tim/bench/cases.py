@@ -54,8 +54,9 @@ SIZES: dict[str, tuple[Size, ...]] = {
     ),
     "cuda": (
         Size("b4-256", 256, 64, 12, 64, 2048, (4, 32, 32), 256),
-        Size("xl2-256", 64, 256, 16, 72, 3072, (4, 32, 32), 256),
+        Size("xl2-256", 128, 256, 16, 72, 3072, (4, 32, 32), 128),
         Size("xl1-512x1024", 32, 512, 16, 72, 3072, (32, 16, 32), 256),
+        Size("xl1-1024", 32, 1024, 16, 72, 3072, (32, 32, 32), 128),
         Size("xl2-512", 16, 1024, 16, 72, 3072, (4, 64, 64), 256),
     ),
 }
@@ -76,6 +77,16 @@ ATTENTION_SIZES: dict[str, tuple[Size, ...]] = {
     )
     for device in _HEADS
 }  # fmt: skip
+#: Few images, for the objective alone: one GPU's share of a batch of large images.
+OBJECTIVE_SIZES: dict[str, tuple[Size, ...]] = {
+    "cpu": (),
+    "cuda": tuple(
+        replace(size, name=f"{size.name} x 16", images=16)
+        for size in SIZES["cuda"]
+        if size.name in ("xl2-256", "xl1-1024")
+    ),
+}
+_OBJECTIVE = ("interpolate", "transition_loss")
 #: Longer than this, a size is measured on a CPU only when it is named: seconds for each call.
 LONGEST_ON_CPU = 4096
 
@@ -112,7 +123,11 @@ class Operation:
 
     def sizes(self, device: str, named: bool = True) -> tuple[Size, ...]:
         """Its sizes on a device; `named`: those too that are measured only when they are named."""
-        sizes = SIZES[device] + (ATTENTION_SIZES[device] if self.kernel == "attention" else ())
+        sizes = SIZES[device]
+        if self.kernel == "attention":
+            sizes += ATTENTION_SIZES[device]
+        elif self.kernel in _OBJECTIVE:
+            sizes += OBJECTIVE_SIZES[device]
         if named or device != "cpu":
             return sizes
         return tuple(size for size in sizes if size.tokens <= LONGEST_ON_CPU)
