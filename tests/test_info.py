@@ -113,6 +113,16 @@ def test_the_environment_variable_is_told(capsys, every_kernel) -> None:
     assert "everything: TIM_KERNELS=on,swiglu:off is in force" in told
 
 
+def test_an_empty_choice_and_a_last_comma_are_the_table(every_kernel) -> None:
+    with ops.kernels(""):
+        assert rows_of("swiglu", "cpu")["forward"].kernel == ("float32", "bfloat16")
+    with ops.kernels("swiglu:off,"):
+        assert rows_of("swiglu", "cpu")["forward"].kernel == ()
+        assert rows_of("adaln", "cpu")["forward"].kernel == ("float32", "bfloat16")
+    with pytest.raises(ValueError, match="TIM_KERNELS must be .*, got 'fast'"), ops.kernels("fast"):
+        pass
+
+
 def test_operations_without_the_extension(monkeypatch) -> None:
     monkeypatch.setattr(_extension, "C", None)
     monkeypatch.setattr(_extension, "REASON", "no such module")

@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 from contract import ForwardBackward, Tangent
@@ -95,6 +97,13 @@ def test_gradients_are_the_same_for_any_number_of_threads():
         torch.set_num_threads(before)
 
 
+EPS = (
+    ("x", TypeError, "eps must be a number, got 'x'"),
+    (-1e-6, ValueError, "eps must be at least 0, got -1e-06"),
+    (math.nan, ValueError, "eps must be finite, got nan"),
+)
+
+
 def test_bad_input():
     x, row = torch.ones(2, 3, 4), torch.ones(2, 1, 4)
     with pytest.raises(ValueError, match=r"x must have shape \[B, N, C\], got \[3, 4\]"):
@@ -103,3 +112,8 @@ def test_bad_input():
         ops.adaln(x, row, row[:, 0])
     with pytest.raises(ValueError, match="y must have shape that of x"):
         ops.gated_adaln(x, x[:, :2], row, row, row)
+    for eps, error, message in EPS:
+        with pytest.raises(error, match=message):
+            ops.adaln(x, row, row, eps=eps)
+        with pytest.raises(error, match=message):
+            ops.gated_adaln(x, x, row, row, row, eps=eps)

@@ -112,6 +112,8 @@ def test_bad_input():
     qkv, *others, cos, sin = make()
     with pytest.raises(ValueError, match=r"qkv must have shape \[B, N, 3, H, D\] with even D"):
         ops.qk_norm_rope(qkv[..., :15], *others, cos, sin)
+    with pytest.raises(ValueError, match="eps must be at least 0, got -1"):
+        ops.qk_norm_rope(qkv, *others, cos, sin, eps=-1)
     with pytest.raises(ValueError, match=r"cos must have shape \[N, D\] = \[4, 16\]"):
         ops.qk_norm_rope(qkv, *others, cos[:3], sin)
     with pytest.raises(ValueError, match=r"k_bias must have shape \[D\] = \[16\], got \[15\]"):

@@ -49,6 +49,18 @@ def test_halves_of_one_product_are_read_in_place():
         ),
         (torch.ones(2, dtype=torch.int64), torch.ones(2), TypeError, "gate must have a floating"),
         ([1.0], torch.ones(1), TypeError, "gate must be a tensor, got list"),
+        (
+            torch.ones(2, dtype=torch.float8_e4m3fn),
+            torch.ones(2),
+            TypeError,
+            "gate must have at least 16 bits per number, got torch.float8_e4m3fn",
+        ),
+        (
+            torch.ones(2),
+            torch.ones(2).to_sparse(),
+            TypeError,
+            "up must be a dense tensor, got torch.sparse_coo",
+        ),
     ],
 )
 def test_bad_input(gate, up, error, message):

@@ -131,6 +131,16 @@ def test_non_finite_values_stay_visible():
     assert terms.loss.isnan().tolist() == [False, False, True, False]
 
 
+@pytest.mark.parametrize("off", [False, True], ids=["kernel", "reference"])
+def test_the_mean_over_no_elements_is_nan(off):
+    f, c = torch.ones(2, 0, 2, 2), torch.ones(2, 5)
+    with ops.kernels("off" if off else "auto"):
+        terms = ops.transition_loss(f, f, f, c, time_weight=torch.ones(2))
+    assert terms.target.shape == f.shape
+    for value in (terms.loss, terms.denoising, terms.weight):
+        assert value.shape == (2,) and value.isnan().all()
+
+
 def test_equal_prediction_and_target_have_no_error():
     f, x, z, c, d = make()
     target = ops.transition_loss(f, x, z, c, d).target

@@ -36,7 +36,7 @@ def parse(text: str) -> dict[str, str]:
     return {name: VERSIONS[name] for name in chosen}
 
 
-_versions = parse(os.environ.get("TIM_HOPPER", "auto"))
+_versions = parse(os.environ.get("TIM_HOPPER") or "auto")
 
 
 @contextmanager

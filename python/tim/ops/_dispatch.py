@@ -11,6 +11,7 @@ Two rules keep this package's worst bug, a silent zero tangent, out:
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -21,6 +22,7 @@ from torch._C._functorch import TransformType
 from torch.autograd import forward_ad
 
 from tim import _extension
+from tim._checks import check_number
 from tim.ops import _table
 from tim.ops._opaque import Opaque, is_mapped, plain_device, refuse_tangents, register
 from tim.ops._table import (
@@ -347,11 +349,24 @@ def check_tensors(**tensors: Tensor) -> None:
             raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
         if not tensor.dtype.is_floating_point:
             raise TypeError(f"{name} must have a floating-point dtype, got {tensor.dtype}")
+        if tensor.dtype.itemsize == 1:
+            raise TypeError(f"{name} must have at least 16 bits per number, got {tensor.dtype}")
+        if tensor.layout is not torch.strided:
+            raise TypeError(f"{name} must be a dense tensor, got {tensor.layout}")
         if device is not None and tensor.device != device:
             raise ValueError(
                 f"{name} must be on {device} like the other inputs, got {tensor.device}"
             )
         device = tensor.device
+
+
+def check_eps(eps: float) -> None:
+    """TypeError unless it is a number, ValueError unless it is finite and at least 0."""
+    if type(eps) is float and 0 <= eps < math.inf:
+        return
+    check_number("eps", eps)
+    if eps < 0:
+        raise ValueError(f"eps must be at least 0, got {eps}")
 
 
 def check_shape(name: str, tensor: Tensor, expected: Sequence[int], meaning: str) -> None:

@@ -26,12 +26,13 @@ def adaln(x: Operand, shift: Operand, scale: Operand, eps: float = 1e-6) -> Oper
         differentiable.
 
     Raises:
-        TypeError: an input is no floating-point tensor.
-        ValueError: shapes or devices differ from the above.
+        TypeError: an input is no dense floating-point tensor, or eps no number.
+        ValueError: shapes or devices differ from the above, or eps is negative.
 
     Source: Peebles and Xie, "Scalable diffusion models with transformers" (arXiv 2212.09748),
     sec. 3.2.
     """
+    dispatch.check_eps(eps)
     if pairs.is_pair(x, shift, scale):
         return _adaln_of_pairs(x, shift, scale, eps)
     device = _SEEN.recall(x, shift, scale)
@@ -59,11 +60,12 @@ def gated_adaln(
         Their forward-mode tangents are not differentiable.
 
     Raises:
-        TypeError: an input is no floating-point tensor.
-        ValueError: shapes or devices differ from the above.
+        TypeError: an input is no dense floating-point tensor, or eps no number.
+        ValueError: shapes or devices differ from the above, or eps is negative.
 
     Source: as `adaln`; the gate is that of adaLN-Zero.
     """
+    dispatch.check_eps(eps)
     if pairs.is_pair(x, y, gate, shift, scale):
         return _gated_adaln_of_pairs(x, y, gate, shift, scale, eps)
     device = _GATED_SEEN.recall(x, y, gate, shift, scale)

@@ -40,11 +40,12 @@ def qk_norm_rope(
         differentiable.
 
     Raises:
-        TypeError: an input is no floating-point tensor.
-        ValueError: shapes or devices differ from the above, or D is odd.
+        TypeError: an input is no dense floating-point tensor, or eps no number.
+        ValueError: shapes or devices differ from the above, D is odd, or eps is negative.
 
     Source: Su et al., "RoFormer" (arXiv 2104.09864), eq. 34; q/k norm as in the released network.
     """
+    dispatch.check_eps(eps)
     others = (q_weight, q_bias, k_weight, k_bias, cos, sin)
     if isinstance(qkv, Pair):
         _check(qkv.primal, *others)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from collections import defaultdict
 from typing import NamedTuple
@@ -235,6 +236,9 @@ def _forward(
             "transition_loss", F, *arrays, table, epsilon, time_weight, _first(F, d), *outputs,
             *_geometry(F), cosine, *_codes(F, x),
         )  # fmt: skip
+    else:  # the mean over no elements
+        for output in (loss, denoising, weight):
+            output.fill_(math.nan)
     return loss, denoising, weight, target
 
 
