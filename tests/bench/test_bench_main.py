@@ -1,6 +1,7 @@
 """Real runs at tiny sizes, through the command line."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -97,17 +98,62 @@ def test_options_choose_what_runs(tmp_path) -> None:
         (["softmax"], "operation must be one of interpolate, "),
         (["swiglu", "--sizes", "huge"], "--sizes must be among tiny, got 'huge'"),
         (["swiglu", "--dtypes", "int8"], "must be among float32, bfloat16, float16, got 'int8'"),
-        (["interpolate", "--directions", "tangent"], "no measurement of interpolate fits"),
+        (
+            ["interpolate", "--directions", "tangent", "--sizes", "tiny"],
+            "--directions of interpolate must be among forward, got 'tangent'",
+        ),
+        (["--threads", "0"], "--threads: must be a positive whole number, got '0'"),
+        (["--seconds", "-1"], "--seconds: must be a positive number of seconds, got '-1'"),
+        (["--seconds", "nan"], "--seconds: must be a positive number of seconds, got 'nan'"),
+        (["--json", "no/such/x.json"], "must be in a folder that exists, got 'no/such/x.json'"),
+        (["--json", "."], "--json: must be a file, got the folder '.'"),
+        (["--device", "cuda"], "--device cuda: PyTorch finds no CUDA device"),
         (["swiglu", "--steps", "2"], "--steps and --batches are of sampling"),
         (["--sampling", "--steps", "1,0"], "must be positive numbers, got '1,0'"),
     ],
 )
-def test_mistakes_are_told_in_one_line(arguments, message, capsys) -> None:
+def test_mistakes_are_told_in_one_line(arguments, message, capsys, monkeypatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr("tim.bench.machine.limits", lambda *_: pytest.fail("measures already"))
     with pytest.raises(SystemExit) as stop:
-        main([*arguments, *QUICK])
+        main([*QUICK, *arguments])
     assert stop.value.code == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("tim bench: ") and message in line
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["training", "--threads", "0"], "--threads: must be a positive whole number, got '0'"),
+        (["training", "--seconds", "0"], "--seconds: must be a positive number of seconds"),
+        (["training", "--ranks", "1,two"], "--ranks: must be positive numbers, got '1,two'"),
+        (["training", "--device", "cuda"], "--device cuda: PyTorch finds no CUDA device"),
+        (["training", "--json", "no/such/x.json"], "must be in a folder that exists"),
+        (["launches", "--device", "cuda"], "--device cuda: PyTorch finds no CUDA device"),
+        (["launches", "--json", "no/such/x.json"], "must be in a folder that exists"),
+    ],
+)
+def test_mistakes_of_the_other_benchmarks_too(arguments, message, capsys, monkeypatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit) as stop:
+        main(arguments)
+    assert stop.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"tim bench {arguments[0]}: ") and message in line
+
+
+def test_sizes_are_measured_in_the_order_that_was_asked_for(monkeypatch, tmp_path) -> None:
+    other = replace(TINY, name="other")
+    monkeypatch.setitem(cases.SIZES, "cpu", (TINY, other))
+    path = tmp_path / "result.json"
+    options = ["--sizes", "other,tiny", "--dtypes", "float32", "--directions", "forward"]
+    assert main(["swiglu", "interpolate", *options, "--json", str(path), *QUICK]) == 0
+    rows = json.loads(path.read_text())["rows"]
+    assert [(row["size"], row["benchmark"]) for row in rows] == [
+        ("other", "swiglu"), ("other", "interpolate"), ("tiny", "swiglu"), ("tiny", "interpolate"),
+    ]  # fmt: skip
+    assert [file.name for file in tmp_path.iterdir()] == ["result.json"]
 
 
 def test_a_failure_is_reported_and_the_rest_still_runs(tmp_path, monkeypatch, capsys) -> None:

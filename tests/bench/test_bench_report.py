@@ -77,7 +77,7 @@ def test_rows_without_traffic_have_no_bandwidth() -> None:
 
 
 def test_a_result_file_holds_measured_and_derived_values(tmp_path) -> None:
-    path = tmp_path / "new" / "result.json"
+    path = tmp_path / "result.json"
     report.save(report.document({"device": "cpu"}, {"command": "c"}, [operation_row()]), path)
     result = json.loads(path.read_text())
     assert list(result) == ["schema", "machine", "runs", "rows"]

@@ -18,7 +18,7 @@ import torch
 from tim.bench import machine, report, table
 from tim.bench.cases import DIRECTIONS, FEW, OPERATIONS, Operation, Size, operations_of
 from tim.bench.measure import Rivals, Settings, measure
-from tim.bench.parser import Parser
+from tim.bench.parser import Parser, count, counts, result_file, seconds
 from tim.bench.report import Row
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ def main(
         return measure_training(arguments[1:], peers)
     parser = _parser()
     options = parser.parse_args(arguments)
-    device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = parser.device(options.device)
     if device.type == "cpu":
         torch.set_num_threads(options.threads)
     kept = device.type == "cpu" and machine.keep_freed_memory()
@@ -103,7 +103,7 @@ def _cases(
     peers: Peers | None,
     rivals: Rivals | None,
 ) -> list[Case]:
-    """All that the options name. Raises ValueError for an unknown name, or when nothing is left."""
+    """All that the options name. ValueError for an unknown name, or when there is nothing."""
     names = list(options.names or (() if options.sampling else OPERATION_NAMES))
     if options.sampling and "sampling" not in names:
         names.append("sampling")
@@ -122,14 +122,22 @@ def _cases(
             else _operations(name, options, settings, rivals)
         )
     ]
+    if not cases:
+        there = dict.fromkeys(
+            d for name in names for o in operations_of(name) for d in o.directions
+        )
+        raise ValueError(
+            f"--directions of {', '.join(names)} must be among {', '.join(there)}, "
+            f"got {','.join(options.directions)!r}"
+        )
     if options.sizes:
         known = list(dict.fromkeys(case.size for case in cases))
         for size in options.sizes:
             if size not in known:
                 raise ValueError(f"--sizes must be among {', '.join(known)}, got {size!r}")
         cases = [case for case in cases if case.size in options.sizes]
-    if not cases:
-        raise ValueError(f"no measurement of {', '.join(names)} fits all of these options")
+        # In the order that was asked for: a run that is stopped has the first ones.
+        cases.sort(key=lambda case: options.sizes.index(case.size))
     return cases
 
 
@@ -212,13 +220,6 @@ def _own_stream(device: torch.device) -> AbstractContextManager:
     return torch.cuda.stream(torch.cuda.Stream()) if device.type == "cuda" else nullcontext()
 
 
-def _counts(text: str) -> tuple[int, ...]:
-    values = text.split(",")
-    if not all(value.isdecimal() and int(value) for value in values):
-        raise argparse.ArgumentTypeError(f"must be positive numbers, got {text!r}")
-    return tuple(map(int, values))
-
-
 def _listed(choices: Sequence[str] | None = None) -> Callable[[str], tuple[str, ...]]:
     """Parser of names with commas between them."""
 
@@ -233,7 +234,7 @@ def _listed(choices: Sequence[str] | None = None) -> Callable[[str], tuple[str, 
     return parse
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser() -> Parser:
     parser = Parser(
         prog="tim bench",
         description="Measure operations and training steps against PyTorch, both in one run.",
@@ -267,9 +268,9 @@ def _parser() -> argparse.ArgumentParser:
         help="add torch.compile of the rivals, and of our network when sampling (slow to compile)",
     )
     add("--sampling", action="store_true", help="the same as the name sampling: latency by steps")
-    add("--steps", type=_counts, metavar="N,...", help="of sampling (1,4,16)")
-    add("--batches", type=_counts, metavar="N,...", help="images of a sampling call (1 and many)")
-    add("--threads", type=int, default=2, help="of a CPU (2)")
-    add("--seconds", type=float, default=0.4, help="for each function of a comparison (0.4)")
-    add("--json", metavar="FILE", help="write the results there")
+    add("--steps", type=counts, metavar="N,...", help="of sampling (1,4,16)")
+    add("--batches", type=counts, metavar="N,...", help="images of a sampling call (1 and many)")
+    add("--threads", type=count, default=2, help="of a CPU (2)")
+    add("--seconds", type=seconds, default=0.4, help="for each function of a comparison (0.4)")
+    add("--json", type=result_file, metavar="FILE", help="write the results there")
     return parser

@@ -11,7 +11,7 @@ import torch
 
 from tim.bench import machine, report, table
 from tim.bench.launches import count_launches
-from tim.bench.parser import Parser
+from tim.bench.parser import Parser, result_file
 from tim.bench.step import STEP_SIZES, Peers, Setup, StepSize, own_candidates
 from tim.models import ARCHITECTURES
 
@@ -48,12 +48,13 @@ class Count:
 
 def main(arguments: Sequence[str], peers: Peers | None = None) -> int:
     """Count and print; 0. `peers` adds other implementations."""
-    options = _parser().parse_args(arguments)
-    device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    device = parser.device(options.device)
     sizes = [s for s in LAUNCH_SIZES[device.type] if options.size in (None, s.name)]
     if not sizes:
         known = "; ".join(size.name for size in LAUNCH_SIZES[device.type])
-        _parser().error(f"--size must be one of {known}, got {options.size!r}")
+        parser.error(f"--size must be one of {known}, got {options.size!r}")
     counts = [count for size in sizes for count in count_size(size, device, peers)]
     phases = list(dict.fromkeys(phase for count in counts for phase in count.phases))
     baselines = {count.size: count.total for count in counts if count.candidate == BASELINE}
@@ -113,5 +114,7 @@ def _parser() -> Parser:
     parser = Parser(prog="tim bench launches", description=__doc__)
     parser.add_argument("--device", choices=("cpu", "cuda"), help="cuda where there is one")
     parser.add_argument("--size", help="one of the sizes (all)")
-    parser.add_argument("--json", metavar="FILE", help="write all counts by operation there")
+    parser.add_argument(
+        "--json", type=result_file, metavar="FILE", help="write all counts by operation there"
+    )
     return parser

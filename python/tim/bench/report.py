@@ -7,6 +7,7 @@ benchmark with its date, settings and the limits it measured; each row names its
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -114,6 +115,8 @@ def _identity(result: dict) -> tuple:
 
 
 def save(result: dict, path: str | Path) -> None:
+    """Write a result document; what was there is replaced at once."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(result, indent=1) + "\n")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(json.dumps(result, indent=1) + "\n")
+    os.replace(temporary, path)

@@ -5,13 +5,13 @@ A line of the table is one operation, direction and dtype, with ranges over all 
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from tim.bench import report, table
 from tim.bench.cases import FEW
+from tim.bench.parser import Parser, result_file
 
 _HEADINGS = (
     "operation", "direction", "dtype", "sizes", "over reference", "over compile", "of copy",
@@ -20,8 +20,8 @@ _HEADINGS = (
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m tim.bench.summary", description=__doc__)
-    parser.add_argument("out", help="file to write")
+    parser = Parser(prog="python -m tim.bench.summary", description=__doc__)
+    parser.add_argument("out", type=result_file, help="file to write")
     parser.add_argument("parts", nargs="+", help="result files of one machine")
     options = parser.parse_args(arguments)
     result = report.merge([json.loads(Path(path).read_text()) for path in options.parts])

@@ -7,7 +7,6 @@ A round has one sample of every candidate in every world.
 
 from __future__ import annotations
 
-import argparse
 import datetime
 import math
 import time
@@ -20,7 +19,7 @@ import torch
 
 from tim.bench import machine, report, table
 from tim.bench.measure import Settings
-from tim.bench.parser import Parser
+from tim.bench.parser import Parser, count, counts, result_file, seconds
 from tim.bench.ranks import Group, Work, sizes_that_fit
 from tim.bench.report import Candidate, Row
 from tim.bench.step import STEP_SIZES, StepSize, kernels_of
@@ -36,7 +35,7 @@ def main(arguments: Sequence[str], peers: ModuleType | None = None) -> int:
     """Measure and print; 0, or 1 when a size failed. `peers` adds other implementations."""
     parser = _parser()
     options = parser.parse_args(arguments)
-    device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = parser.device(options.device)
     known = {size.name: size for size in STEP_SIZES[device.type]}
     names = options.sizes.split(",") if options.sizes else [next(iter(known))]
     for name in names:
@@ -164,22 +163,15 @@ def row_cells(row: dict, one: dict | None) -> list[tuple[str, ...]]:
     return lines
 
 
-def _counts(text: str) -> tuple[int, ...]:
-    values = tuple(int(value) for value in text.split(",") if value.isdigit())
-    if not values or 0 in values or len(values) != len(text.split(",")):
-        raise argparse.ArgumentTypeError(f"must be positive numbers, got {text!r}")
-    return values
-
-
 def _parser() -> Parser:
     parser = Parser(prog="tim bench training", description=__doc__)
     add = parser.add_argument
     add("--device", choices=("cpu", "cuda"), help="cuda where there is one")
     add("--sizes", metavar="SIZE,...", help="the first that the device has")
     add("--dtype", choices=tuple(DTYPES), help="float32, on a GPU bfloat16")
-    add("--ranks", type=_counts, default=(1, 2), metavar="N,...", help="numbers of processes (1,2)")
-    add("--threads", type=int, default=2, help="of a CPU, of all ranks of a world together (2)")
-    add("--seconds", type=float, default=2.0, help="for each step of the comparison (2)")
+    add("--ranks", type=counts, default=(1, 2), metavar="N,...", help="numbers of processes (1,2)")
+    add("--threads", type=count, default=2, help="of a CPU, of all ranks of a world together (2)")
+    add("--seconds", type=seconds, default=2.0, help="for each step of the comparison (2)")
     add("--compile", action="store_true", help="add torch.compile of the networks (minutes)")
-    add("--json", metavar="FILE", help="write the results there")
+    add("--json", type=result_file, metavar="FILE", help="write the results there")
     return parser
