@@ -50,7 +50,8 @@ def attention(
         G = P * (t_q k^T + q t_k^T) scale        t_O = G v - rowsum(G) * O + P t_v
 
     where absent tangents cost nothing. It needs O and the log-sum-exp of the scores, whoever
-    computed them, and nothing of size N x M is stored, here or for the backward pass.
+    computed them, and nothing of size N x M is stored, here or for the backward pass, except by
+    the reference, which torch.func.vmap and torch.func.grad run.
 
     Args:
         q: [B, N, H, D]; k, v: [B, M, H, D]; any strides.
