@@ -119,7 +119,7 @@ def test_an_empty_choice_and_a_last_comma_are_the_table(every_kernel) -> None:
     with ops.kernels("swiglu:off,"):
         assert rows_of("swiglu", "cpu")["forward"].kernel == ()
         assert rows_of("adaln", "cpu")["forward"].kernel == ("float32", "bfloat16")
-    with pytest.raises(ValueError, match=r"TIM_KERNELS must be .*, got 'fast'"), ops.kernels("fast"):
+    with pytest.raises(ValueError, match="got 'fast'"), ops.kernels("fast"):
         pass
 
 
