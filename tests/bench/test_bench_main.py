@@ -187,21 +187,37 @@ def test_a_rival_that_fails_leaves_a_note(monkeypatch) -> None:
     assert row.notes == ["compile failed: ZeroDivisionError: division by zero"]
 
 
-def test_without_memory_for_all_the_operation_is_timed_alone(monkeypatch) -> None:
+def test_without_memory_for_all_those_that_need_most_are_left_out(monkeypatch) -> None:
     compare = measure.compare
 
     def compare_few(functions, *rest):
-        if "reference" in functions:
+        if len(functions) > room:
             raise torch.OutOfMemoryError("no memory\nat all")
         return compare(functions, *rest)
 
+    def hog(size):
+        def interpolate(x, *others):
+            torch.empty(size)
+            return cases.ops.interpolate_reference(x, *others)
+
+        return interpolate
+
     monkeypatch.setattr(measure, "compare", compare_few)
-    row = measure.measure(
+    rivals = {"most": hog(1 << 20), "little": hog(1), "much": hog(1 << 19)}
+    measured = (
         cases.operations_of("interpolate")[0], TINY, torch.float32, "forward",
-        measure.Settings(torch.device("cpu"), seconds=0.001),
+        measure.Settings(torch.device("cpu"), seconds=0.001), lambda *_: rivals,
     )  # fmt: skip
-    assert set(row.candidates) == {"tim"}
-    assert row.notes == ["no memory to time the rivals: no memory"]
+    for room, left in ((6, [*rivals]), (5, ["little", "much"]), (4, ["little"]), (2, [])):
+        row = measure.measure(*measured)
+        names = ["tim", "reference", *left] if room > 2 else ["tim"]
+        assert list(row.candidates) == names
+        assert len(row.notes) == 5 - len(names)
+        notes = [f"{name} left out, no memory: no memory" for name in ("most", "much")]
+        assert row.notes[:2] == notes[: len(row.notes)]
+    room = 1
+    with pytest.raises(torch.OutOfMemoryError):
+        measure.measure(*measured)
 
 
 def test_no_compiler_leaves_a_note(monkeypatch) -> None:

@@ -97,3 +97,20 @@ def test_garbage_collection_is_off_while_timing_and_back_after(clock) -> None:
     compare({"f": [call]}, CPU, seconds=0.0)
     assert gc.isenabled()
     assert not any(states[-MIN_ROUNDS:])
+
+
+def test_a_call_that_holds_much_of_a_gpu_is_timed_from_the_host(monkeypatch) -> None:
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (0, 64000))
+    monkeypatch.setattr(timing, "GraphSampler", lambda calls: "graph")
+    made = []
+    for peak in (2000, 2001):
+        monkeypatch.setattr(timing, "peak_bytes", lambda call, device, peak=peak: peak)
+        made.append(timing._sampler([lambda: None], torch.device("cuda"), True))
+    assert made[0] == "graph"
+    assert made[1].method == "loop" and made[1].settle
+
+
+def test_a_sampler_that_settles_calls_once_before_the_clock_runs(clock) -> None:
+    function, _ = taking(clock, 9.0, 9.0, 0.5, 0.5)
+    sampler = timing.LoopSampler([function], CPU, settle=True)
+    assert sampler.sample(2) == pytest.approx(1.0)

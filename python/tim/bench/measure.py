@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 
 import torch
@@ -15,7 +16,7 @@ from tim.bench.machine import caches, name_of, residence, why_no_compile
 from tim.bench.memory import peak_bytes
 from tim.bench.problem import Problem, relative_error
 from tim.bench.report import Candidate, Row
-from tim.bench.timing import Calls, compare
+from tim.bench.timing import Calls, Times, compare
 from tim.ops import _dispatch as dispatch
 
 #: The sets of buffers that a GPU benchmark goes round exceed its L2 cache this many times.
@@ -46,7 +47,8 @@ def measure(
 ) -> Row:
     """The operation, its reference, torch.compile of that, rivals, and a copy of as many bytes.
 
-    A rival that fails (no memory for it, no compiler) is left out with a note.
+    A rival that fails (no memory for it, no compiler) is left out with a note, and where there is
+    not enough memory for all, those that need most.
     """
     device = settings.device
     first = Problem.random(operation, size, dtype, direction, device)
@@ -71,30 +73,32 @@ def measure(
 
     if rivals_of is not None:
         rivals |= rivals_of(operation.name, direction, device)
-    functions: dict[str, Calls] = {}
     peaks: dict[str, int] = {}
     errors: dict[str, float] = {}
+    needs: dict[str, int] = {}
+    calls_of = {
+        name: functools.partial(Problem.call, function=function, compiled=name == "compile")
+        for name, function in rivals.items()
+    }
     with torch.set_grad_enabled(direction == "backward"):
-        for name, function in rivals.items():
-            compiled = name == "compile"
+        for name, call_of in calls_of.items():
             try:
-                calls = [problem.call(function, compiled=compiled) for problem in problems]
-                errors[name] = relative_error(few.call(function, compiled=compiled)(), exact)
+                errors[name] = relative_error(call_of(few)(), exact)
                 if not math.isfinite(errors[name]):
                     raise ArithmeticError("a result is missing or not finite")
-                peaks[name], functions[name] = peak_bytes(calls[0], device), calls
+                kept, peaks[name] = _memory(call_of, first, device)
+                needs[name] = kept * sets + peaks[name]
             except Exception as error:
                 if name == "tim":
                     raise
                 notes.append(f"{name} failed: {type(error).__name__}: {_first_line(error)}")
         copies = {"copy": [_copy(traffic, device) for _ in problems]}
-        try:
-            times = compare({**functions, **copies}, device, settings.seconds)
-        except torch.OutOfMemoryError as error:
-            # Several at a time need more than one alone; the row is about tim.
-            notes.append(f"no memory to time the rivals: {_first_line(error)}")
-            functions = {"tim": functions["tim"]}
-            times = compare({**functions, **copies}, device, settings.seconds)
+        makers = {
+            name: lambda call_of=calls_of[name]: [call_of(problem) for problem in problems]
+            for name in rivals
+            if name in needs
+        }
+        times = _compare_what_fits(makers, needs, copies, settings, notes)
     gc.collect()
     reason = dispatch.why_not(operation.kernel, first.inputs[0], direction=direction)
     return Row(
@@ -105,7 +109,11 @@ def measure(
         direction=direction,
         device=device.type,
         runs_on=f"{device.type} kernel" if reason is None else f"PyTorch: {reason}",
-        candidates={name: Candidate(times[name], peaks[name], errors[name]) for name in functions},
+        candidates={
+            name: Candidate(times[name], peaks[name], errors[name])
+            for name in rivals
+            if name in times
+        },
         copy=times["copy"],
         traffic_bytes=traffic,
         flops=operation.flops(size)[direction] if operation.flops else None,
@@ -113,6 +121,49 @@ def measure(
         residence=residence(traffic * sets, device),
         notes=notes,
     )
+
+
+def _compare_what_fits(
+    makers: Mapping[str, Callable[[], Calls]],
+    needs: Mapping[str, int],
+    copies: Mapping[str, Calls],
+    settings: Settings,
+    notes: list[str],
+) -> dict[str, Times]:
+    """Times of all that the memory has room for at a time; of the others a note is left.
+
+    The first is what the row is about, and stays whatever it needs.
+    """
+    subject = next(iter(makers))
+    remaining = sorted(makers, key=lambda name: (name != subject, needs[name]))
+    while True:
+        functions: dict[str, Calls] = {}
+        try:
+            for name in remaining:
+                functions[name] = makers[name]()
+            ordered = {name: functions[name] for name in makers if name in functions}
+            return compare({**ordered, **copies}, settings.device, settings.seconds)
+        except torch.OutOfMemoryError as error:
+            if len(remaining) == 1:
+                raise
+            notes.append(f"{remaining.pop()} left out, no memory: {_first_line(error)}")
+        ordered = functions = {}
+        gc.collect()
+        if settings.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def _memory(
+    call_of: Callable[[Problem], Callable], problem: Problem, device: torch.device
+) -> tuple[int, int]:
+    """Bytes that the graph of a backward pass keeps, and what a call holds beyond them."""
+    before = _allocated(device)
+    call = call_of(problem)
+    return _allocated(device) - before, peak_bytes(call, device)
+
+
+def _allocated(device: torch.device) -> int:
+    return torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
 
 
 def _buffer_sets(traffic: int, device: torch.device) -> int:

@@ -15,12 +15,17 @@ from dataclasses import dataclass
 
 import torch
 
+from tim.bench.memory import peak_bytes
+
 #: Calls of one function, one for each of its sets of buffers (see `GraphSampler`).
 Calls = Sequence[Callable[[], object]]
 MIN_ROUNDS = 5
 MAX_ROUNDS = 200
 #: Shortest sample in seconds.
 SAMPLE_SECONDS = {"cpu": 5e-3, "cuda": 2e-3}
+#: A call that holds more of a GPU's memory is timed from the host: a graph keeps its memory as long
+#: as it lives, and a call that fills that much lasts a thousand times longer than a launch.
+LARGEST_GRAPH = 1 / 32
 
 
 @dataclass(frozen=True)
@@ -51,13 +56,16 @@ class LoopSampler:
 
     method = "loop"
 
-    def __init__(self, calls: Calls, device: torch.device) -> None:
-        self.calls, self.device = calls, device
+    def __init__(self, calls: Calls, device: torch.device, *, settle: bool = False) -> None:
+        """`settle`: call once before each sample, for memory that others have taken meanwhile."""
+        self.calls, self.device, self.settle = calls, device, settle
         for call in calls:
             call()
 
     def sample(self, passes: int) -> float:
         """Seconds for `passes` passes over the calls."""
+        if self.settle:
+            self.calls[0]()
         self._wait()
         start = time.perf_counter()
         for _ in range(passes):
@@ -108,7 +116,8 @@ def compare(
 ) -> dict[str, Times]:
     """Times of all functions, measured in turns for about `seconds` each.
 
-    `graphs` allows CUDA graphs; functions that cannot be captured are called from the host.
+    `graphs` allows CUDA graphs; functions that cannot be captured, or that hold so much memory that
+    not all graphs could keep theirs, are called from the host.
     """
     samplers = {name: _sampler(calls, device, graphs) for name, calls in functions.items()}
     passes = {name: _passes(sampler, device) for name, sampler in samplers.items()}
@@ -135,12 +144,15 @@ def compare(
 
 
 def _sampler(calls: Calls, device: torch.device, graphs: bool) -> LoopSampler | GraphSampler:
-    if device.type == "cuda" and graphs:
-        try:
-            return GraphSampler(calls)
-        except RuntimeError:
-            torch.cuda.synchronize(device)
-    return LoopSampler(calls, device)
+    if device.type != "cuda" or not graphs:
+        return LoopSampler(calls, device)
+    if peak_bytes(calls[0], device) > LARGEST_GRAPH * torch.cuda.mem_get_info(device)[1]:
+        return LoopSampler(calls, device, settle=True)
+    try:
+        return GraphSampler(calls)
+    except RuntimeError:
+        torch.cuda.synchronize(device)
+        return LoopSampler(calls, device)
 
 
 def _passes(sampler: LoopSampler | GraphSampler, device: torch.device) -> int:
