@@ -14,12 +14,14 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tim import ops
 from tim.ops import _attention_forward
 from tim.ops._attention_hopper import VERSIONS, hopper
 from tim.ops._table import has_kernel
+from tim.ops.attention import FASTEST_FORWARD
 
 #: Backends of scaled_dot_product_attention by device; MATH stores the scores, and is the only one
 #: with a forward-mode derivative.
@@ -32,8 +34,11 @@ SDPA_BACKENDS = {
         SDPBackend.MATH,
     ),
 }
-#: Head dimensions that jvp-flash-attention takes; others are padded to the next one.
+#: Head dimensions of jvp-flash-attention and rCM's kernel; others are padded to the next one.
 TRITON_HEAD_DIMS = (16, 32, 64, 128, 256)
+#: rCM's kernel: a file of https://github.com/NVlabs/rcm, which is not packaged. It is there when a
+#: clone is on PYTHONPATH, and needs flash-attn and einops.
+RCM = "rcm.utils.flash_attention_jvp_triton"
 
 
 def rivals(operation: str, direction: str, device: torch.device) -> dict[str, Callable]:
@@ -41,28 +46,32 @@ def rivals(operation: str, direction: str, device: torch.device) -> dict[str, Ca
     if operation != "attention":
         return {}
     found: dict[str, Callable] = {"plain": plain}
+    fastest = FASTEST_FORWARD[device.type]  # what the row's own candidate takes
     if direction == "tangent":
         found["sdpa math"] = sdpa(SDPBackend.MATH)
         # Our tangent from PyTorch's output and log-sum-exp.
-        found["tim, sdpa forward"] = lambda q, k, v: ops.attention(q, k, v, backend="sdpa")
+        if fastest != "sdpa":
+            found["tim, sdpa forward"] = by_kernels("sdpa")
     else:
         for backend in SDPA_BACKENDS[device.type]:
             name = backend.name.removesuffix("_ATTENTION").lower()
             found[f"sdpa {name}"] = sdpa(backend)
     if device.type != "cuda":
         return found
+    if fastest != "kernel":
+        found["tim, kernel"] = by_kernels("kernel")
     if hopper_there(device):
-        found["tim, hopper"] = by_hopper("kernel")
+        found["tim, hopper"] = by_kernels("kernel", hopper_versions="on")
         if direction == "tangent":
-            found["tim, hopper, sdpa forward"] = by_hopper("sdpa")
+            found["tim, hopper, sdpa forward"] = by_kernels("sdpa", hopper_versions="on")
     if direction != "tangent" and flash_attn() is not None:
         found["flash_attn"] = by_flash_attn
     if direction == "tangent" and flash_attn() is not None:
-        found["tim, flash_attn forward"] = lambda q, k, v: ops.attention(
-            q, k, v, backend="flash_attn"
-        )
+        found["tim, flash_attn forward"] = by_kernels("flash_attn")
     if importlib.util.find_spec("jvp_flash_attention") is not None:
         found["jvp_flash_attention"] = by_jvp_flash_attention
+    if direction == "tangent" and importlib.util.find_spec(RCM.partition(".")[0]) is not None:
+        found["rcm"] = by_rcm
     return found
 
 
@@ -88,9 +97,11 @@ def hopper_there(device: torch.device) -> bool:
     return there and torch.cuda.get_device_capability(device) == (9, 0)
 
 
-def by_hopper(backend: str) -> Callable:
+def by_kernels(backend: str, hopper_versions: str = "off") -> Callable:
+    """Our attention with a forward pass by `backend`, on the kernels for all GPUs or for Hopper."""
+
     def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        with hopper("on"):
+        with hopper(hopper_versions):
             return ops.attention(q, k, v, backend=backend)
 
     return attention
@@ -110,7 +121,21 @@ def by_jvp_flash_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """By its entry point for dual numbers, which torch.func.jvp needs."""
     attention = importlib.import_module("jvp_flash_attention.jvp_attention").JVPAttn
     head_dim = q.shape[-1]
-    padded = next(width for width in TRITON_HEAD_DIMS if width >= head_dim)
-    q, k, v = (F.pad(x, (0, padded - head_dim)).transpose(1, 2) for x in (q, k, v))
-    out = attention.fwd_dual(q, k, v, sm_scale=head_dim**-0.5)
+    out = attention.fwd_dual(*map(for_triton, (q, k, v)), sm_scale=head_dim**-0.5)
     return out[..., :head_dim].transpose(1, 2).contiguous()
+
+
+def by_rcm(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Output and tangent by a function of both, which is what it has: it knows no dual numbers."""
+    attention = importlib.import_module(RCM).attention
+    head_dim = q.shape[-1]
+    duals = [forward_ad.unpack_dual(for_triton(x)) for x in (q, k, v)]
+    primals, tangents = zip(*duals, strict=True)
+    results = attention(*primals, *tangents, False, head_dim**-0.5)
+    return forward_ad.make_dual(*(x[..., :head_dim].transpose(1, 2).contiguous() for x in results))
+
+
+def for_triton(x: Tensor) -> Tensor:
+    """[B, H, N, D] of [B, N, H, D], with D padded to one that the kernels take."""
+    padded = next(width for width in TRITON_HEAD_DIMS if width >= x.shape[-1])
+    return F.pad(x, (0, padded - x.shape[-1])).transpose(1, 2)

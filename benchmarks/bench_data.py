@@ -33,6 +33,7 @@ import torch
 from PIL import Image
 
 from tim.bench.machine import describe
+from tim.bench.parser import result_file
 from tim.bench.report import SCHEMA, save
 from tim.bench.timing import Times
 from tim.config import DataConfig, ObjectiveConfig, RunConfig, TrainConfig
@@ -158,7 +159,7 @@ def main() -> int:
     parser.add_argument("--workers", type=int, default=4, help="threads that decode")
     parser.add_argument("--processes", type=int, default=2, help="that decode in place of threads")
     parser.add_argument("--seconds", type=float, default=3.0, help="for each rate")
-    parser.add_argument("--json", type=Path, help="result file to write")
+    parser.add_argument("--json", type=result_file, help="result file to write")
     options = parser.parse_args()
     device = pick_device(options.device)
     architecture = ARCHITECTURES[options.model]

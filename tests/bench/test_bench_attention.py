@@ -60,6 +60,43 @@ def test_head_dimensions_are_padded_for_triton(head_dim, peers, monkeypatch) -> 
     assert widths == [{8: 16, 72: 128, 128: 128}[head_dim]]
 
 
+@pytest.mark.parametrize(("head_dim", "width"), [(8, 16), (72, 128), (64, 64)])
+def test_the_kernel_of_rcm_gets_values_and_tangents(head_dim, width, peers, monkeypatch) -> None:
+    def attention(q, k, v, t_q, t_k, t_v, causal, scale):
+        assert q.shape[-1] == width and q.stride() == t_q.stride() and causal is False
+        weights = (scale * q @ k.mT).softmax(-1)
+        t_scores = scale * (t_q @ k.mT + q @ t_k.mT)
+        product = weights * t_scores
+        out = weights @ v
+        return out, product @ v - product.sum(-1, keepdim=True) * out + weights @ t_v
+
+    monkeypatch.setitem(sys.modules, peers.RCM, SimpleNamespace(attention=attention))
+    size = Size("one", 1, 5, 2, head_dim, 0, (0, 0, 0), 0)
+    problem = Problem.random(ATTENTION, size, torch.float32, "tangent", CPU)
+    assert relative_error(problem.call(peers.by_rcm)(), problem.exact()) < 1e-5
+
+
+@pytest.mark.parametrize("direction", ATTENTION.directions)
+def test_a_gpu_times_our_own_forward_too(direction, peers, monkeypatch) -> None:
+    """There the row's own candidate takes PyTorch's forward pass, so it is no rival."""
+    monkeypatch.setattr(peers, "hopper_there", lambda device: True)
+    monkeypatch.setattr(peers, "flash_attn", lambda: None)
+    assert peers.FASTEST_FORWARD["cuda"] == "sdpa"
+    rivals = peers.rivals("attention", direction, torch.device("cuda"))
+    ours = {"tim, kernel", "tim, hopper"}
+    if direction == "tangent":
+        ours.add("tim, hopper, sdpa forward")
+    assert {name for name in rivals if name.startswith("tim")} == ours
+    monkeypatch.setitem(peers.FASTEST_FORWARD, "cuda", "kernel")
+    rivals = peers.rivals("attention", direction, torch.device("cuda"))
+    assert "tim, kernel" not in rivals
+    assert ("tim, sdpa forward" in rivals) == (direction == "tangent")
+    problem = Problem.random(ATTENTION, TINY, torch.float32, direction, CPU)
+    with torch.set_grad_enabled(direction == "backward"):
+        results = problem.call(peers.by_kernels("kernel"))()
+    assert relative_error(results, problem.exact()) < 1e-5
+
+
 @pytest.mark.parametrize("direction", ATTENTION.directions)
 def test_float64_in_rows_is_that_of_the_formula(direction) -> None:
     size = Size("long", 1, 1030, 1, 4, 0, (0, 0, 0), 0)
