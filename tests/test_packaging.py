@@ -116,8 +116,14 @@ def test_metadata(wheel):
     scripts.read_string(read(wheel, ".dist-info/entry_points.txt"))
     assert dict(scripts["console_scripts"]) == {"tim": "tim.cli:main"}
     required = {line.split(";")[0] for line in metadata.get_all("Requires-Dist") if ";" not in line}
-    assert "torch>=2.6" in required
+    assert "torch>=2.11" in required
     assert not any("torchvision" in line for line in metadata.get_all("Requires-Dist"))
+    extras = [line for line in metadata.get_all("Requires-Dist") if "extra ==" in line]
+    (flash,) = (line for line in extras if "flash-attn" in line)
+    assert flash.endswith(("extra == 'flash'", 'extra == "flash"')), (
+        "it cannot be built without a GPU"
+    )
+    assert not any("flash" in line for line in extras if line is not flash), "nor be part of all"
 
 
 def test_build_needs_no_torch():
