@@ -1,6 +1,8 @@
 """The script that no machine of ours runs to its end: at least it parses and leaves nothing out."""
 
+import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -9,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from tim import ops
+from tim.bench.cases import ATTENTION_SIZES, OBJECTIVE_SIZES, SIZES
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "gpu_check.sh"
 bash = pytest.mark.skipif(shutil.which("bash") is None, reason="no bash")
@@ -24,16 +27,121 @@ def dry_run(*options: str) -> str:
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
+PART = re.compile(r"^(goal|part) (\S+): (\d+) s, at most (\d+): (.*)$", re.M)
+
+
+def plan(*options: str) -> list[tuple[str, str, int, int, list[str]]]:
+    """(kind, name, share, limit, words of the command) of every part, in order."""
+    return [
+        (kind, name, int(share), int(limit), shlex.split(command))
+        for kind, name, share, limit, command in PART.findall(dry_run(*options))
+    ]
+
+
+def deadline(*options: str) -> int:
+    return int(re.match(r"(\d+) s for all parts", dry_run(*options)).group(1))
+
+
 @bash
 @pytest.mark.parametrize("device", ["cuda", "cpu"])
-def test_every_benchmark_runs_within_its_time(device) -> None:
-    planned = re.findall(r"^at most (\d+) s, .*?: (.*)$", dry_run("--device", device), re.M)
-    benches = {words[1] for words in (c.split() for _, c in planned) if words[0] == "bench"}
+def test_every_benchmark_runs(device) -> None:
+    parts = plan("--device", device)
+    scripts = {words[2] for *_, words in parts if words[0] == "bench"}
+    operations = {w for *_, words in parts if words[0] == "bench_operations" for w in words[2:]}
     # Reading data is the host's work, and making JPEG files takes more than torch and numpy.
-    assert benches == {path.stem[6:] for path in SCRIPT.parent.glob("bench_*.py")} - {"data"}
-    assert set(ops.available()) <= benches
-    assert all(0 < int(limit) <= 200 for limit, _ in planned)
-    assert [command for _, command in planned][:3] == ["build", "check_build", "run_tests"]
+    there = {path.stem[6:] for path in SCRIPT.parent.glob("bench_*.py")} - {"data"}
+    assert scripts | (operations & there) == there
+    assert set(ops.available()) <= scripts | operations
+    # Each writes a file of its own, by which a second call replaces it.
+    results = [(name, words[1]) for _, name, *_, words in parts if words[0].startswith("bench")]
+    assert all(name == result for name, result in results)
+    assert len({name for name, _ in results}) == len(results)
+
+
+@bash
+@pytest.mark.parametrize("device", ["cuda", "cpu"])
+def test_parts_that_decide_the_goals_have_time_of_their_own(device) -> None:
+    parts, time = plan("--device", device), deadline("--device", device)
+    assert time + 25 + 10 <= 590, "a machine ends a command after 600 s"
+    kinds = [kind for kind, *_ in parts]
+    goals = kinds.count("goal")
+    assert kinds == ["goal"] * goals + ["part"] * (len(parts) - goals)
+    shares = [share for _, _, share, *_ in parts]
+    assert sum(shares[:goals]) <= time
+    for i, (_, name, share, limit, _) in enumerate(parts):
+        assert share <= limit <= 2 * share
+        # Even one that takes all that it may, while those before it took no time, leaves the
+        # others their shares; only the build, without which there is nothing, may not.
+        assert name == "build" or limit + sum(shares[i + 1 : goals]) <= time
+
+
+@bash
+def test_what_the_goals_are_about_is_measured_before_the_rest() -> None:
+    parts = {name: (kind, words) for kind, name, *_, words in plan()}
+    order = [name for name, (kind, _) in parts.items() if kind == "goal"]
+    assert order == [
+        "build", "tests", "objective", "block", "attention-tangent", "attention-forward",
+        "derivative", "step", "sampling",
+    ]  # fmt: skip
+    bound_by_memory = {*parts["objective"][1], *parts["block"][1]}
+    assert set(ops.available()) - {"attention"} <= bound_by_memory
+    for name in ("objective", "block"):
+        words = parts[name][1]
+        assert "--compile" in words and words[words.index("--dtypes") + 1] == "bfloat16"
+        sizes = words[words.index("--sizes") + 1].split(",")
+        assert sizes[:2] == ["xl2-256", "xl1-1024"]
+        assert set(sizes) <= {size.name for size in SIZES["cuda"] + OBJECTIVE_SIZES["cuda"]}
+        slower = parts[f"{name}-float32"][1]
+        assert "--compile" in slower and slower[slower.index("--dtypes") + 1] == "float32"
+    for name in ("attention-tangent", "attention-forward", "attention-backward"):
+        words = parts[name][1]
+        assert words[words.index("--dtypes") + 1] == "bfloat16", "float32 has no kernel on a GPU"
+        sizes = words[words.index("--sizes") + 1].split(",")
+        assert sizes[:3] == ["n16384-d128", "n16384-d72", "n16384-d64"]
+        assert set(sizes) == {size.name for size in ATTENTION_SIZES["cuda"]}
+    assert parts["float16"][1][-1] == "float16"
+
+
+@bash
+def test_a_second_call_runs_what_was_lost(tmp_path) -> None:
+    names = [name for _, name, *_ in plan("--only", "step,objective", "--seconds", "200")]
+    assert names == ["objective", "step"]
+    (tmp_path / "benchmarks").mkdir()
+    script = Path(shutil.copy(SCRIPT, tmp_path / "benchmarks"))
+    call = ["bash", str(script), "--device", "cpu", "--only", "step,objective", "--seconds"]
+
+    def run(seconds: str, python: str) -> subprocess.CompletedProcess:
+        environment = {**os.environ, "PYTHON": python}
+        return subprocess.run([*call, seconds], capture_output=True, text=True, env=environment)
+
+    refused = run("40", "true")
+    assert refused.returncode == 2 and "needs an earlier build" in refused.stderr
+    built = tmp_path / "build/gpu_check/site/tim/_build_info.json"
+    built.parent.mkdir(parents=True)
+    built.touch()
+    kept = tmp_path / "build/gpu_check/parts/tests.json"
+    kept.parent.mkdir()
+    kept.touch()
+    late = run("40", "true")
+    assert late.returncode == 1 and "step: no time left" in late.stdout
+    again = "gpu_check.sh --only objective,step --device cpu --seconds 590 "
+    assert "lost for time: objective step\n" in late.stdout and again in late.stdout
+    assert run("200", "true").stdout.splitlines()[-1].startswith("all parts passed in ")
+    broken = run("200", "false")
+    assert broken.returncode == 1 and "step: exit code 1" in broken.stdout
+    assert "lost" not in broken.stdout and kept.exists()
+
+
+@bash
+def test_nothing_is_measured_without_a_build(tmp_path) -> None:
+    (tmp_path / "benchmarks").mkdir()
+    script = Path(shutil.copy(SCRIPT, tmp_path / "benchmarks"))
+    answer = subprocess.run(
+        ["bash", str(script), "--device", "cpu"],
+        capture_output=True, text=True, env={**os.environ, "PYTHON": "false"},
+    )  # fmt: skip
+    assert answer.returncode == 1 and "the build failed" in answer.stderr
+    assert "== tests" not in answer.stdout
 
 
 @bash
@@ -42,10 +150,19 @@ def test_a_dry_run_leaves_nothing(tmp_path) -> None:
 
 
 @bash
-def test_an_unknown_option_is_refused() -> None:
-    command = ["bash", str(SCRIPT), "--fast"]
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--fast"], "unknown option --fast"),
+        (["--device", "tpu"], "--device must be cuda or cpu, got 'tpu'"),
+        (["--seconds", "ten"], "--seconds must be a positive whole number, got 'ten'"),
+        (["--only", "step,all"], "--only must be among build tests .*, got 'all'"),
+    ],
+)
+def test_a_wrong_option_is_refused(options, message) -> None:
+    command = ["bash", str(SCRIPT), *options]
     answer = subprocess.run(command, capture_output=True, text=True)
-    assert answer.returncode == 2 and answer.stderr == "unknown option --fast\n"
+    assert answer.returncode == 2 and re.fullmatch(message, answer.stderr.removesuffix("\n"))
 
 
 BARE = """
