@@ -1,11 +1,16 @@
 """Registers and spills of every CUDA kernel, as ptxas reports them; fails when one spills.
 
-python benchmarks/compiler_report.py [--arch sm_80,sm_90a,sm_100] [--json FILE] [FILE.cu ...]
+python benchmarks/compiler_report.py [--arch sm_80,sm_90a,sm_100] [--jobs N] [--json FILE]
+    [FILE.cu ...]
+
+Without files: all of them, each for each architecture in a process of its own, `--jobs` at a time.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
+import itertools
 import json
 import os
 import re
@@ -13,10 +18,15 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, timezone
 from pathlib import Path
 
-SOURCES = Path(__file__).parents[1] / "csrc" / "cuda"
+CSRC = Path(__file__).parents[1] / "csrc"
+SOURCES = CSRC / "cuda"
+#: What the kernels are made of; the headers of the emulator are for the host.
+MADE_OF = ("cuda/*.cu", "cuda/*.cuh", "math/*.h", "kernels.h")
 REPORT = re.compile(
     r"Function properties for (?P<name>\S+)\n"
     r"\s*(?P<stack>\d+) bytes stack frame, (?P<spill_stores>\d+) bytes spill stores, "
@@ -25,6 +35,16 @@ REPORT = re.compile(
     r"(?:, (?P<shared>\d+) bytes smem)?"
 )
 NUMBERS = ("registers", "stack", "spill_stores", "spill_loads", "barriers", "shared")
+
+
+def digest(csrc: Path = CSRC) -> str:
+    """SHA-256 of all sources of kernels: a report is of these and of no others."""
+    found = sorted(path for pattern in MADE_OF for path in csrc.glob(pattern))
+    sha = hashlib.sha256()
+    for path in found:
+        content = path.read_bytes()
+        sha.update(f"{path.relative_to(csrc).as_posix()} {len(content)}\n".encode() + content)
+    return sha.hexdigest()
 
 
 def parse(output: str) -> list[dict]:
@@ -53,13 +73,28 @@ def report(nvcc: str, source: Path, arch: str) -> list[dict]:
     ]
 
 
+def timed(nvcc: str, source: Path, arch: str) -> tuple[list[dict], float]:
+    start = time.perf_counter()
+    return report(nvcc, source, arch), time.perf_counter() - start
+
+
 def readable(names: list[str]) -> list[str]:
-    """C++ names without namespaces and parameters; as they are without c++filt."""
+    """C++ names as `shortened` has them; as they are without c++filt."""
     if not names or shutil.which("c++filt") is None:
         return names
     result = subprocess.run(["c++filt", *names], capture_output=True, text=True, check=True)
-    short = re.compile(r"tim::|cuda::|math::|\(anonymous namespace\)::|^void ")
-    return [short.sub("", line).split("(", 1)[0] for line in result.stdout.splitlines()]
+    return [shortened(line) for line in result.stdout.splitlines()]
+
+
+def shortened(name: str) -> str:
+    """A C++ name without namespaces and parameters, with all of its template's arguments."""
+    name = re.sub(r"tim::|cuda::|math::|\(anonymous namespace\)::|^void ", "", name)
+    depth = 0
+    for i, character in enumerate(name):
+        depth += {"<": 1, ">": -1}.get(character, 0)
+        if character == "(" and depth == 0:
+            return name[:i]
+    return name
 
 
 def version_of(nvcc: str) -> str:
@@ -78,29 +113,40 @@ def write(path: Path, results: dict) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--arch", default="sm_90a", help="several with commas between them")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="compilers at a time")
     parser.add_argument("--json", type=Path, metavar="FILE", help="keep the report here")
     parser.add_argument("files", nargs="*", type=Path, default=sorted(SOURCES.glob("*.cu")))
     arguments = parser.parse_args()
     nvcc = shutil.which("nvcc") or "/usr/local/cuda/bin/nvcc"
     if not Path(nvcc).is_file():
         sys.exit("nvcc was not found; put it into PATH")
-    kernels = []
-    for source in arguments.files:
-        for arch in arguments.arch.split(","):
-            for kernel in report(nvcc, source, arch):
-                kernels.append(kernel)
+    sources = digest()
+    kernels: list[dict] = []
+    compiled: dict[str, dict[str, int]] = {}
+    work = list(itertools.product(arguments.files, arguments.arch.split(",")))
+    with ThreadPoolExecutor(max(1, arguments.jobs)) as pool:
+        for (source, arch), (found, seconds) in zip(
+            work, pool.map(lambda task: timed(nvcc, *task), work), strict=True
+        ):
+            kernels += found
+            compiled.setdefault(source.name, {})[arch] = len(found)
+            print(f"{source.name} {arch}: {len(found)} kernels in {seconds:.0f} s", flush=True)
+            for kernel in found:
                 print(
-                    f"{source.name:28} {arch:8} {kernel['registers']:4} registers "
-                    f"{kernel['spill_stores']:5} bytes spilled  {kernel['kernel']}"
+                    f"{kernel['registers']:8} registers {kernel['spill_stores']:5} bytes spilled  "
+                    f"{kernel['kernel']}"
                 )
+    if digest() != sources:
+        sys.exit("the sources changed meanwhile; once more")
     spilled = sum(kernel["spill_stores"] + kernel["spill_loads"] > 0 for kernel in kernels)
     most = max((kernel["registers"] for kernel in kernels), default=0)
     print(f"{len(kernels)} kernels, {spilled} with spills, at most {most} registers")
     if arguments.json:
         date = datetime.now(timezone.utc).isoformat(timespec="seconds")
-        write(arguments.json, {"nvcc": version_of(nvcc), "date": date, "kernels": kernels})
+        facts = {"nvcc": version_of(nvcc), "date": date, "sources": sources, "files": compiled}
+        write(arguments.json, facts | {"kernels": kernels})
     return int(spilled > 0)
 
 

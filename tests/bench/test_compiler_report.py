@@ -51,7 +51,8 @@ def run(compiler_report, monkeypatch, tmp_path, output: str) -> int:
     nvcc.chmod(0o755)
     monkeypatch.setattr(compiler_report.shutil, "which", lambda name: str(nvcc))
     monkeypatch.setattr(compiler_report, "readable", lambda names: names)
-    command = ["", "--arch", "sm_80,sm_90a", "--json", str(tmp_path / "report.json"), "a.cu"]
+    command = ["", "--arch", "sm_80,sm_90a", "--json", str(tmp_path / "report.json"), "--jobs", "2"]
+    command += ["a.cu", "b.cu"]
     monkeypatch.setattr(sys, "argv", command)
     return compiler_report.main()
 
@@ -59,12 +60,41 @@ def run(compiler_report, monkeypatch, tmp_path, output: str) -> int:
 def test_a_report_is_kept_and_a_spill_fails(compiler_report, monkeypatch, tmp_path) -> None:
     assert run(compiler_report, monkeypatch, tmp_path, OUTPUT) == 1
     kept = json.loads((tmp_path / "report.json").read_text())
-    assert kept["nvcc"] == "V13.0.48"
-    assert [(k["kernel"], k["arch"]) for k in kept["kernels"]] == [
-        ("_Z4lean", "sm_80"), ("_Z6greedy", "sm_80"), ("_Z4lean", "sm_90a"),
-        ("_Z6greedy", "sm_90a"),
-    ]  # fmt: skip
+    assert kept["nvcc"] == "V13.0.48" and kept["sources"] == compiler_report.digest()
+    assert kept["files"] == {name: {"sm_80": 2, "sm_90a": 2} for name in ("a.cu", "b.cu")}
+    assert [(k["file"], k["arch"], k["kernel"]) for k in kept["kernels"]] == [
+        (file, arch, kernel)
+        for file in ("a.cu", "b.cu")
+        for arch in ("sm_80", "sm_90a")
+        for kernel in ("_Z4lean", "_Z6greedy")
+    ]
     assert run(compiler_report, monkeypatch, tmp_path, OUTPUT[: OUTPUT.index("Compile time")]) == 0
+
+
+def test_names_keep_all_arguments_of_their_templates(compiler_report) -> None:
+    space = "tim::cuda::(anonymous namespace)::"
+    subset = f"({space}Subset)"
+    for number in (3, 7):
+        full = f"void {space}tangent<tim::math::Float16, 128, {subset}{number}>(int*, {space}Plan)"
+        name = f"tangent<Float16, 128, (Subset){number}>"
+        assert compiler_report.shortened(full) == name
+    assert compiler_report.shortened("tim::cuda::copy(float const*)") == "copy"
+    assert compiler_report.shortened("_Z4lean") == "_Z4lean"
+
+
+def test_a_digest_is_of_every_source_and_its_name(compiler_report, tmp_path) -> None:
+    (tmp_path / "cuda").mkdir()
+    (tmp_path / "math").mkdir()
+    seen = {compiler_report.digest(tmp_path)}
+    for name in ("cuda/a.cu", "cuda/b.cuh", "math/c.h", "kernels.h"):
+        for content in ("1", "2"):
+            (tmp_path / name).write_text(content)
+            seen.add(compiler_report.digest(tmp_path))
+    (tmp_path / "cuda/a.cu").rename(tmp_path / "cuda/z.cu")
+    seen.add(compiler_report.digest(tmp_path))
+    assert len(seen) == 10
+    (tmp_path / "cuda/notes.txt").write_text("no source")
+    assert compiler_report.digest(tmp_path) in seen
 
 
 def test_the_report_that_is_committed_is_of_three_architectures_and_has_no_spills() -> None:
