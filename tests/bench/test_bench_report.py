@@ -165,3 +165,19 @@ def test_summary_gives_ranges_over_sizes(tmp_path, capsys) -> None:
     shown = capsys.readouterr().out
     for text in ("1.00x-2.50x", "0.50x", "25%-50%", "2.00", "public dde"):
         assert text in shown
+    assert "fastest peer" not in shown
+
+
+def test_summary_names_the_fastest_of_ours_and_of_the_others_at_each_size(capsys) -> None:
+    others = {"reference": candidate(9e-3), "plain": candidate(6e-3)}
+    ours = {"tim": candidate(3e-3), "tim, kernel": candidate(2e-3)}
+    rows = (
+        operation_row(flops=1e8, candidates=ours | others),
+        operation_row(size="large", flops=1e8, candidates={"tim": candidate(4e-3)}),
+    )
+    summary.show(document(*rows))
+    lines = capsys.readouterr().out.splitlines()
+    both = next(line for line in lines if "plain" in line).split()
+    assert both[-9:] == ["tim,", "kernel", "2", "ms", "0.05", "50%", "plain", "3.00x", "2.00x"]
+    alone = next(line for line in lines if "large" in line).split()
+    assert alone[-6:] == ["ms", "0.025", "25%", "-", "-", "-"]

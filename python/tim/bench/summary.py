@@ -1,6 +1,7 @@
 """`python -m tim.bench.summary OUT.json PART.json ...`: one file and a short table of several runs.
 
-A line of the table is one operation, direction and dtype, with ranges over all sizes.
+A line of the table is one operation, direction and dtype, with ranges over all sizes. Operations
+bound by matrix products, which have more rivals, get a line for each size besides.
 """
 
 from __future__ import annotations
@@ -16,6 +17,10 @@ from tim.bench.parser import Parser, result_file
 _HEADINGS = (
     "operation", "direction", "dtype", "sizes", "over reference", "over compile", "of copy",
     "error / reference's",
+)  # fmt: skip
+_PRODUCTS_HEADINGS = (
+    "operation", "size", "dtype", "direction", "fastest of ours", "time", "TFLOP/s", "of matmul",
+    "fastest peer", "over it", "default over it",
 )  # fmt: skip
 
 
@@ -39,6 +44,14 @@ def show(result: dict) -> None:
             groups.setdefault(key, []).append(row)
     if groups:
         table.show_table(_HEADINGS, [line(key, rows) for key, rows in groups.items()])
+    lines = [
+        products_line(row, table.matmul_rate(result, row))
+        for rows in groups.values()
+        for row in rows
+        if row["flops"]
+    ]
+    if lines:
+        table.show_table(_PRODUCTS_HEADINGS, lines)
     table.show_steps(result)
 
 
@@ -58,6 +71,26 @@ def line(key: tuple[str, str, str], rows: Sequence[dict]) -> tuple[str, ...]:
         span((None if row["flops"] else 100 * row["copy_share"] for row in rows), "%", 0),
         f"{max(errors):.2f}" if errors else table.MISSING,
     )
+
+
+def products_line(row: dict, matmul_rate: float | None) -> tuple[str, ...]:
+    """Our fastest candidate and everybody else's, and what is the default (`tim`) over the latter.
+
+    Candidates are ours when their names begin with "tim".
+    """
+    times = {name: c["times"]["median"] for name, c in row["candidates"].items()}
+    ours = min((name for name in times if name.startswith("tim")), key=times.__getitem__)
+    others = [name for name in times if not name.startswith("tim")]
+    peer = min(others, key=times.__getitem__) if others else None
+    rate = row["flops"] / times[ours]
+    return (
+        row["benchmark"], row["size"], row["dtype"], row["direction"], ours,
+        table.seconds(times[ours]), f"{rate / 1e12:.3g}",
+        f"{rate / matmul_rate:.0%}" if matmul_rate else table.MISSING,
+        peer or table.MISSING,
+        table.factor(times[peer] / times[ours] if peer else None),
+        table.factor(times[peer] / times["tim"] if peer else None),
+    )  # fmt: skip
 
 
 def span(values: Iterable[float | None], unit: str, digits: int) -> str:

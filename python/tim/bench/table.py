@@ -27,7 +27,7 @@ def show(result: dict) -> None:
         print(limits_line(run))
     operations = [row for row in result["rows"] if row["benchmark"] not in STEPS]
     if operations:
-        lines = [operation_cells(row, _matmul_rate(result, row)) for row in operations]
+        lines = [operation_cells(row, matmul_rate(result, row)) for row in operations]
         show_table(_OPERATION_HEADINGS, lines)
     show_rivals(result)
     show_steps(result)
@@ -175,5 +175,6 @@ def number(value: float | None) -> str:
     return MISSING if value is None else f"{value:.1e}"
 
 
-def _matmul_rate(result: dict, row: dict) -> float | None:
+def matmul_rate(result: dict, row: dict) -> float | None:
+    """FLOP/s of a large product in the dtype of a row, measured in its run."""
     return result["runs"][row["run"]]["limits"]["matmul_flops_per_second"].get(row["dtype"])
