@@ -152,8 +152,8 @@ inline void define_kernels(py::module_ m, const Kernels& k) {
            "x y? gate? shift scale res? out mean? rstd? batch# tokens# channels# "
            "gate_stride shift_stride scale_stride eps dtype where");
     define(m, "adaln_backward", k.adaln_backward,
-           "dout dres? res y? gate? scale mean rstd dx dy? dgate? dshift dscale "
-           "batch# tokens# channels# gate_stride scale_stride eps dtype where");
+           "dout dres? res y? gate? scale mean rstd dx dy? dgate? dshift dscale sums? "
+           "batch# tokens# channels# chunks gate_stride scale_stride eps dtype where");
     define(m, "adaln_tangent", k.adaln_tangent,
            "x y? gate? shift scale tx? ty? tgate? tshift? tscale? res? out tres? tout mean? rstd? "
            "batch# tokens# channels# gate_stride shift_stride scale_stride "

@@ -36,12 +36,14 @@ struct Kernels {
                   const void* scale, void* res, void* out, float* mean, float* rstd, int64_t batch,
                   int64_t tokens, int64_t channels, int64_t gate_stride, int64_t shift_stride,
                   int64_t scale_stride, double eps, int dtype, int64_t where);
+    // sums [batch, chunks, 2 (3 with dgate), channels] is scratch memory for the sums over the
+    // tokens of a chunk, which a CPU does not need.
     void (*adaln_backward)(const void* dout, const void* dres, const void* res, const void* y,
                            const void* gate, const void* scale, const float* mean,
                            const float* rstd, void* dx, void* dy, void* dgate, void* dshift,
-                           void* dscale, int64_t batch, int64_t tokens, int64_t channels,
-                           int64_t gate_stride, int64_t scale_stride, double eps, int dtype,
-                           int64_t where);
+                           void* dscale, float* sums, int64_t batch, int64_t tokens,
+                           int64_t channels, int64_t chunks, int64_t gate_stride,
+                           int64_t scale_stride, double eps, int dtype, int64_t where);
     void (*adaln_tangent)(const void* x, const void* y, const void* gate, const void* shift,
                           const void* scale, const void* tx, const void* ty, const void* tgate,
                           const void* tshift, const void* tscale, void* res, void* out, void* tres,

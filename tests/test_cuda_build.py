@@ -51,7 +51,7 @@ def test_a_launch_without_a_gpu_names_the_operation_and_its_shape() -> None:
 @with_cuda
 def test_nothing_is_launched_for_empty_arrays() -> None:
     assert _extension.C.cuda.swiglu(0, 0, 0, 0, 0, 0, 8, 0, 0) is None
-    assert _extension.C.cuda.adaln_backward(*[0] * 13, 2, 0, 8, 0, 0, 1e-6, 0, 0) is None
+    assert _extension.C.cuda.adaln_backward(*[0] * 14, 2, 0, 8, 0, 0, 0, 1e-6, 0, 0) is None
 
 
 @with_cuda

@@ -331,9 +331,9 @@ void adaln(const void* x, const void* y, const void* gate, const void* shift, co
 
 void adaln_backward(const void* dout, const void* dres, const void* res, const void* y,
                     const void* gate, const void* scale, const float* mean, const float* rstd,
-                    void* dx, void* dy, void* dgate, void* dshift, void* dscale, int64_t batch,
-                    int64_t tokens, int64_t channels, int64_t gate_stride, int64_t scale_stride,
-                    double, int dtype, int64_t where) {
+                    void* dx, void* dy, void* dgate, void* dshift, void* dscale, float*,
+                    int64_t batch, int64_t tokens, int64_t channels, int64_t, int64_t gate_stride,
+                    int64_t scale_stride, double, int dtype, int64_t where) {
     const Zeros zeros(channels);
     with_dtype(dtype, where, [&](auto type) {
         using T = decltype(type);

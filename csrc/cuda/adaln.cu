@@ -238,9 +238,10 @@ void adaln_tangent(const void* x, const void* y, const void* gate, const void* s
 
 void adaln_backward(const void* dout, const void* dres, const void* res, const void* y,
                     const void* gate, const void* scale, const float* mean, const float* rstd,
-                    void* dx, void* dy, void* dgate, void* dshift, void* dscale, int64_t batch,
-                    int64_t tokens, int64_t channels, int64_t gate_stride, int64_t scale_stride,
-                    double eps, int dtype, int64_t where);
+                    void* dx, void* dy, void* dgate, void* dshift, void* dscale, float* sums,
+                    int64_t batch, int64_t tokens, int64_t channels, int64_t chunks,
+                    int64_t gate_stride, int64_t scale_stride, double eps, int dtype,
+                    int64_t where);
 
 void add_adaln(Kernels& kernels) {
     kernels.adaln = adaln;

@@ -40,11 +40,13 @@ struct Shape {
 };
 
 // Calls body(i, first channel) for the packs of this thread.
-template <int n, class Body>
+template <int n, int packs = kRowPacks<n>, class Body>
 TIM_DEVICE void for_each_pack(int channels, const Body& body) {
+    // Registers are short where the packs are many.
+    const int thread = n == 1 ? renewed(threadIdx.x) : threadIdx.x;
 #pragma unroll
-    for (int i = 0; i < kRowPacks<n>; ++i) {
-        const int channel = (threadIdx.x + i * blockDim.x) * n;
+    for (int i = 0; i < packs; ++i) {
+        const int channel = (thread + i * blockDim.x) * n;
         if (channel < channels) body(i, channel);
     }
 }
@@ -54,26 +56,27 @@ TIM_DEVICE Pack<T, n> read_or_zero(const T* p, int64_t at) {
     return p == nullptr ? Pack<T, n>{} : read<n>(p + at);
 }
 
-// The packs of one row, or zeros where p is null, all on their way at once. Single values are not
-// held, as they would take a register each.
-template <class T, int n>
+// The first packs of one row, or zeros where p is null, all on their way at once. None are held,
+// but read when they are used, where `count` is 0: single values would take a register each.
+template <class T, int n, int count = n == 1 ? 0 : kRowPacks<n>>
 struct RawRow {
     const T* p;
-    Pack<T, n> packs[n == 1 ? 1 : kRowPacks<n>];
+    Pack<T, n> packs[count == 0 ? 1 : count];
 };
 
-template <int n, class T>
-TIM_DEVICE RawRow<T, n> read_row(const T* p, int channels) {
-    RawRow<T, n> raw = {p};
-    if (n == 1 || p == nullptr) return raw;
-    for_each_pack<n>(channels, [&](int i, int channel) { raw.packs[i] = read<n>(p + channel); });
+template <int n, int count = n == 1 ? 0 : kRowPacks<n>, class T>
+TIM_DEVICE RawRow<T, n, count> read_row(const T* p, int channels) {
+    RawRow<T, n, count> raw = {p};
+    if (count == 0 || p == nullptr) return raw;
+    for_each_pack<n, count>(channels,
+                            [&](int i, int channel) { raw.packs[i] = read<n>(p + channel); });
     return raw;
 }
 
 // Pack i, which begins at `channel`.
-template <class T, int n>
-TIM_DEVICE Pack<T, n> pack_of(const RawRow<T, n>& raw, int i, int channel) {
-    if constexpr (n == 1) {
+template <class T, int n, int count>
+TIM_DEVICE Pack<T, n> pack_of(const RawRow<T, n, count>& raw, int i, int channel) {
+    if constexpr (count == 0) {
         return read_or_zero<n>(raw.p, channel);
     } else {
         return raw.packs[i];

@@ -13,15 +13,16 @@ constexpr int kWarp = 32;
 
 TIM_DEVICE int lane() { return threadIdx.x % kWarp; }
 
-// blockIdx.x, of which the compiler does not know that it is the same every time: what follows from
-// it can be computed again instead of being kept in registers.
-TIM_DEVICE unsigned block_index() {
-    unsigned index = blockIdx.x;
+// The same index, of which the compiler does not know that it is the same every time: what follows
+// from it can be computed again instead of being kept in registers.
+TIM_DEVICE unsigned renewed(unsigned index) {
 #ifdef __CUDA_ARCH__
     asm volatile("" : "+r"(index));
 #endif
     return index;
 }
+
+TIM_DEVICE unsigned block_index() { return renewed(blockIdx.x); }
 
 TIM_DEVICE void barrier() { __syncthreads(); }
 

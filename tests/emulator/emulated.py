@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from tim import _extension
-from tim.ops import _attention_kernels, _table
 from tim.ops import _dispatch as dispatch
+from tim.ops import _table
 
 ROOT = Path(__file__).parents[2]
 #: Build and run under AddressSanitizer and UBSan, whose runtime must be loaded first (.ci/run).
@@ -113,7 +113,7 @@ def emulated(place: Callable[[Tensor], Tensor] = lambda tensor: tensor) -> Itera
         patch.setitem(dispatch.KERNEL_DTYPES, "cpu", dispatch.KERNEL_DTYPES["cuda"])
         limits = [replace(rule, device="cpu") for rule in _table.LIMITS if rule.device == "cuda"]
         patch.setattr(_table, "LIMITS", tuple(limits))
-        patch.setattr(_attention_kernels, "WITH_SCRATCH", {"cpu"})
+        patch.setattr(dispatch, "WITH_SCRATCH", {"cpu"})
         forget()
         try:
             yield emulator

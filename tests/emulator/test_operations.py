@@ -5,6 +5,7 @@ The yardstick is that of tests/ops/contract.py: error against float64 beside the
 
 from __future__ import annotations
 
+import importlib
 import re
 
 import pytest
@@ -38,8 +39,8 @@ DIRECTIONS = ("forward", "backward", "tangent")
 def adaln_sizes() -> list[tuple]:
     """Hidden sizes up to the largest: one row per warp and several warps, odd and even packs."""
     hidden_sizes = (8, 72, 1152, 1160, 2049, 4096, 8184, 8191, 8192)
-    # More samples than rows of a grid.
-    return [*((1, 3, hidden) for hidden in hidden_sizes), (5, 2, 136)]
+    # More samples than rows of a grid; chunks of the backward that differ by a token.
+    return [*((1, 3, hidden) for hidden in hidden_sizes), (5, 2, 136), (1, 19, 24), (1, 1, 24)]
 
 
 def test_every_operation_with_kernels_is_here() -> None:
@@ -173,6 +174,26 @@ def test_layouts_that_wide_accesses_cannot_take(name, size, direction, dtype, la
 )
 def test_absent_tangents_count_as_zero(name) -> None:
     on_emulator(name).test_tangent_of_each_input_alone("emulator")
+
+
+#: The module, whose name in its package is that of the operation.
+ADALN = importlib.import_module("tim.ops.adaln")
+
+
+@pytest.mark.parametrize("name", ["adaln", "gated_adaln"])
+@pytest.mark.parametrize("chunks", [1, 2, 5, 13])
+def test_adaln_adds_the_gradients_of_any_number_of_chunks(name, chunks, monkeypatch) -> None:
+    monkeypatch.setattr(ADALN, "_chunks", lambda batch, tokens: chunks)
+    for dtype in DTYPES:
+        run(on_emulator(name), "backward", (2, 13, 136), dtype)
+
+
+@pytest.mark.parametrize("chunks", [0, 14])
+def test_adaln_refuses_chunks_without_tokens(chunks, monkeypatch) -> None:
+    monkeypatch.setattr(ADALN, "_chunks", lambda batch, tokens: chunks)
+    message = rf"adaln_backward: chunks must be 1 to 13 \(tokens\), .* got {chunks}"
+    with pytest.raises(ValueError, match=message):
+        run(on_emulator("adaln"), "backward", (2, 13, 8), torch.float32)
 
 
 #: Tests of tests/ops that fit any kernel: dtypes that differ, views, values that are special.

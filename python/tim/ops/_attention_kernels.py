@@ -12,9 +12,6 @@ from tim.ops import _dispatch as dispatch
 from tim.ops import pairs
 from tim.ops._attention_hopper import VERSIONS, version_of
 
-#: Devices whose backward pass keeps rowsum(grad * out) in memory that it is given.
-WITH_SCRATCH = {"cuda"}
-
 
 def first_rows(name: str, cu_seqlens: Tensor, rows: int, longest: int) -> list[int]:
     """The first rows of the sequences, checked."""
@@ -153,7 +150,7 @@ def _backward(
     operands = (_operand(q), _operand(k), _operand(v))
     inputs = (grad.contiguous(), *operands, out, lse)
     packing = (cu_seqlens_q, cu_seqlens_k, max_q, max_k)
-    scratch = torch.empty_like(lse) if q.device.type in WITH_SCRATCH else None
+    scratch = torch.empty_like(lse) if q.device.type in dispatch.WITH_SCRATCH else None
     _launch("attention_backward", inputs, operands, (scratch, *gradients), packing, scale)
     return gradients
 

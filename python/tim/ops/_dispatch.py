@@ -40,6 +40,7 @@ __all__ = [
     "KERNEL_DTYPES",
     "KERNEL_OPS",
     "OPERATORS",
+    "WITH_SCRATCH",
     "Opaque",
     "Operator",
     "all_off",
@@ -236,6 +237,11 @@ def launch(name: str, anchor: Tensor, *arguments: object) -> None:
     else:
         with torch.cuda.device(anchor.device):
             _kernel(name, "cuda")(*arguments, torch.cuda.current_stream().cuda_stream)
+
+
+#: Devices whose kernels are given memory for what they keep between two launches; elsewhere they
+#: find their own.
+WITH_SCRATCH = {"cuda"}
 
 
 def empty_like(tensor: Tensor) -> Tensor:

@@ -298,12 +298,32 @@ def _run_backward(
         for like in (gate, scale, scale)
     )
     if h.numel():
-        tensors = (grad, grad_h, h, y, gate, scale, mean, rstd, d_x, d_y, d_gate, d_shift, d_scale)
+        results = (d_x, d_y, d_gate, d_shift, d_scale)
+        sums = _sums_of_chunks(h, 2 if gate is None else 3)
         dispatch.launch(
-            "adaln_backward", h, *tensors, *h.shape,
+            "adaln_backward", h, grad, grad_h, h, y, gate, scale, mean, rstd, *results, sums,
+            *h.shape, 0 if sums is None else sums.shape[1],
             *map(_stride, (gate, scale)), eps, dispatch.DTYPE_CODES[h.dtype],
         )  # fmt: skip
     return d_x, d_y, d_gate, d_shift, d_scale
+
+
+def _sums_of_chunks(h: Tensor, count: int) -> Tensor | None:
+    """Memory in which a GPU keeps the sums over the tokens of each chunk, [B, chunks, count, C]."""
+    if h.device.type not in dispatch.WITH_SCRATCH:
+        return None
+    batch, tokens, channels = h.shape
+    shape = (batch, _chunks(batch, tokens), count, channels)
+    return torch.empty(shape, dtype=torch.float32, device=h.device)
+
+
+def _chunks(batch: int, tokens: int) -> int:
+    """Into how many chunks the tokens of a sample are cut, by the shape alone.
+
+    So every GPU adds in the same order. About 1000 chunks fill any of them several times; more only
+    add traffic, as the sums are written and read once, in float32.
+    """
+    return -(-tokens // min(max(batch * tokens // 1024, 8), 64))
 
 
 def _setup(ctx, inputs: tuple, output: tuple[Tensor, ...]) -> None:
