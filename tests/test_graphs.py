@@ -54,6 +54,9 @@ def test_inputs_are_copied_to_where_the_first_ones_are() -> None:
     )
     with pytest.raises(ValueError, match=r"must keep their shapes: \[3\] became \[4\]"):
         copied_into(buffers, (torch.ones(4), None, [torch.arange(2)]))
+    with pytest.raises(ValueError, match=r"\[2\] became \[3\]"):
+        copied_into(buffers, (torch.zeros(3), None, [torch.arange(3)]))
+    assert buffers[0].tolist() == [1, 1, 1]  # nothing was written before all shapes were seen
 
 
 def test_a_run_on_a_cpu_is_refused_before_it_leaves_anything(tmp_path) -> None:

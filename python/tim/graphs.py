@@ -84,13 +84,14 @@ def copied_into(buffers: Tree | None, values: Tree) -> Tree:
     """
     if buffers is None:
         return tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, values)
-    pairs = zip(tree_leaves(buffers), tree_leaves(values), strict=True)
+    pairs = list(zip(tree_leaves(buffers), tree_leaves(values), strict=True))
+    pairs = [(buffer, value) for buffer, value in pairs if isinstance(buffer, Tensor)]
+    for buffer, value in pairs:  # all of them before any is written
+        if buffer.shape != value.shape:
+            raise ValueError(
+                f"inputs of a CUDA graph must keep their shapes: {list(buffer.shape)} became "
+                f"{list(value.shape)}"
+            )
     for buffer, value in pairs:
-        if isinstance(buffer, Tensor):
-            if buffer.shape != value.shape:
-                raise ValueError(
-                    f"inputs of a CUDA graph must keep their shapes: {list(buffer.shape)} became "
-                    f"{list(value.shape)}"
-                )
-            buffer.copy_(value)
+        buffer.copy_(value)
     return buffers
