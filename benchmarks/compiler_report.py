@@ -112,6 +112,22 @@ def write(path: Path, results: dict) -> None:
     os.replace(file.name, path)
 
 
+def table(kernels: list[dict]) -> str:
+    """Markdown: the files, how many kernels they have, and their registers by architecture."""
+    archs = list(dict.fromkeys(kernel["arch"] for kernel in kernels))
+    lines = [
+        f"| file | kernels | registers, {' | '.join(archs)} |",
+        "| --- " * (2 + len(archs)) + "|",
+    ]
+    for file in dict.fromkeys(kernel["file"] for kernel in kernels):
+        cells = []
+        for arch in archs:
+            found = [k["registers"] for k in kernels if (k["file"], k["arch"]) == (file, arch)]
+            cells.append(f"{min(found)} to {max(found)}" if found else "none")
+        lines.append(f"| {file} | {len(found)} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--arch", default="sm_90a", help="several with commas between them")
@@ -142,6 +158,7 @@ def main() -> int:
         sys.exit("the sources changed meanwhile; once more")
     spilled = sum(kernel["spill_stores"] + kernel["spill_loads"] > 0 for kernel in kernels)
     most = max((kernel["registers"] for kernel in kernels), default=0)
+    print(table(kernels))
     print(f"{len(kernels)} kernels, {spilled} with spills, at most {most} registers")
     if arguments.json:
         date = datetime.now(timezone.utc).isoformat(timespec="seconds")

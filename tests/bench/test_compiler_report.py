@@ -71,6 +71,22 @@ def test_a_report_is_kept_and_a_spill_fails(compiler_report, monkeypatch, tmp_pa
     assert run(compiler_report, monkeypatch, tmp_path, OUTPUT[: OUTPUT.index("Compile time")]) == 0
 
 
+def test_a_table_has_the_range_of_registers(compiler_report) -> None:
+    kernels = [
+        {"file": file, "arch": arch, "registers": registers}
+        for file, arch, registers in (
+            ("a.cu", "sm_80", 40), ("a.cu", "sm_80", 32), ("a.cu", "sm_90a", 50),
+            ("a.cu", "sm_90a", 60), ("b.cu", "sm_90a", 70),
+        )
+    ]  # fmt: skip
+    assert compiler_report.table(kernels).splitlines() == [
+        "| file | kernels | registers, sm_80 | sm_90a |",
+        "| --- | --- | --- | --- |",
+        "| a.cu | 2 | 32 to 40 | 50 to 60 |",
+        "| b.cu | 1 | none | 70 to 70 |",
+    ]
+
+
 def test_names_keep_all_arguments_of_their_templates(compiler_report) -> None:
     space = "tim::cuda::(anonymous namespace)::"
     subset = f"({space}Subset)"
