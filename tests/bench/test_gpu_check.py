@@ -144,6 +144,16 @@ def test_nothing_is_measured_without_a_build(tmp_path) -> None:
     assert "== tests" not in answer.stdout
 
 
+def test_all_tests_that_are_marked_for_a_gpu_are_where_the_script_looks() -> None:
+    tests = SCRIPT.parents[1] / "tests"
+    marked = [path for path in tests.rglob("*.py") if "mark.gpu" in path.read_text()]
+    folders = {path.parent for path in marked if path != Path(__file__)}
+    assert folders == {tests, tests / "ops", tests / "emulator"}
+    text = SCRIPT.read_text()
+    for place in ("$root/tests/ops", "$root/tests/emulator", '"$root"/tests/test_*.py'):
+        assert place in text
+
+
 @bash
 def test_a_dry_run_leaves_nothing(tmp_path) -> None:
     assert dry_run(str(tmp_path / "results")) and not (tmp_path / "results").exists()
