@@ -163,14 +163,19 @@ build() {
         check_build
 }
 
-# Says what was built; fails when it is not what the device needs.
+# Says what was built; fails when it is not what the device needs, or not what is measured: an
+# installation for development comes before PYTHONPATH.
 check_build() {
     "$python" - <<'PYTHON'
 import os
 import sys
+from pathlib import Path
 
+import tim
 from tim import _extension, ops
 
+if not Path(tim.__file__).is_relative_to(os.environ["site"]):
+    sys.exit(f"Python takes tim from {tim.__file__}: uninstall that, or name another PYTHON")
 if _extension.C is None:
     sys.exit(_extension.REASON)
 print(_extension.C.__file__)

@@ -207,6 +207,18 @@ def test_tests_of_operations_and_captured_steps_need_torch_numpy_and_pytest_alon
 
 
 @bash
+def test_another_installation_is_not_measured_in_its_place(tmp_path) -> None:
+    function = re.search(r"^check_build\(\) \{\n.*?^\}", SCRIPT.read_text(), re.M | re.S)
+    answer = subprocess.run(
+        ["bash", "-c", f"{function.group()}\ncheck_build"],
+        env={"python": sys.executable, "site": str(tmp_path), "device": "cpu"},
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert answer.returncode == 1
+    assert re.match(r"Python takes tim from .*__init__\.py: uninstall that", answer.stderr)
+
+
+@bash
 @pytest.mark.parametrize("inner", [".", "share/cmake/pybind11", "pybind11/share/cmake/pybind11"])
 def test_pybind11_is_found_in_a_folder_named_by_the_environment(inner, tmp_path) -> None:
     folder = tmp_path / inner
