@@ -189,9 +189,10 @@ inline void define_kernels(py::module_ m, const Kernels& k) {
            "q k v t_q? t_k? t_v? cu_seqlens_q? cu_seqlens_k? out lse t_out t_lse? "
            "q_strides k_strides v_strides t_q_strides t_k_strides t_v_strides "
            "batch# n# m# heads# head_dim# sequences max_n max_m scale dtype where");
-    define(m, "transition_loss", k.transition_loss,
-           "F x z d? d_minus? cond? null? coefficients epsilon time_weight first target loss "
-           "denoising weight batch# channels# positions# cosine dtype data_dtype where");
+    define(
+        m, "transition_loss", k.transition_loss,
+        "F x z d? d_minus? cond? null? coefficients epsilon time_weight first target loss "
+        "denoising weight sums? batch# channels# positions# parts cosine dtype data_dtype where");
     define(m, "transition_loss_backward", k.transition_loss_backward,
            "scale F target dF batch# channels# positions# cosine dtype data_dtype where");
 }

@@ -133,12 +133,15 @@ struct Kernels {
                            int64_t sequences, int64_t max_n, int64_t max_m, double scale, int dtype,
                            int64_t where);
 
+    // The positions of a sample are cut into parts for a GPU of which samples alone would fill too
+    // little; sums [batch, parts, 2] is scratch memory for several. A CPU needs neither.
     void (*transition_loss)(const void* F, const void* x, const void* z, const void* d,
                             const void* d_minus, const void* cond, const void* null,
                             const float* coefficients, double epsilon, const float* time_weight,
                             int64_t first, void* target, float* loss, float* denoising,
-                            float* weight, int64_t batch, int64_t channels, int64_t positions,
-                            bool cosine, int dtype, int data_dtype, int64_t where);
+                            float* weight, float* sums, int64_t batch, int64_t channels,
+                            int64_t positions, int64_t parts, bool cosine, int dtype,
+                            int data_dtype, int64_t where);
     void (*transition_loss_backward)(const float* scale, const void* F, const void* target,
                                      void* dF, int64_t batch, int64_t channels, int64_t positions,
                                      bool cosine, int dtype, int data_dtype, int64_t where);

@@ -219,8 +219,8 @@ void transition_loss(const void* F, const void* x, const void* z, const void* d,
                      const void* d_minus, const void* cond, const void* null,
                      const float* coefficients, double epsilon, const float* time_weight,
                      int64_t first, void* target, float* loss, float* denoising, float* weight,
-                     int64_t batch, int64_t channels, int64_t positions, bool cosine, int dtype,
-                     int data_dtype, int64_t where) {
+                     float*, int64_t batch, int64_t channels, int64_t positions, int64_t,
+                     bool cosine, int dtype, int data_dtype, int64_t where) {
     with_dtypes(dtype, data_dtype, where, [&](auto type, auto data_type) {
         using T = decltype(type);
         using D = decltype(data_type);

@@ -181,7 +181,7 @@ void adaln(const void* x, const void* y, const void* gate, const void* shift, co
            double eps, int dtype, int64_t where) {
     if (batch == 0 || tokens == 0 || channels == 0) return;
     const Call call = make_call("adaln", batch, tokens, channels, where);
-    check_channels(call, channels);
+    const Shape size = make_shape(call, batch, tokens, channels);
     with_dtype(dtype, [&](auto type) {
         using T = decltype(type);
         with_width<T>(
@@ -194,8 +194,7 @@ void adaln(const void* x, const void* y, const void* gate, const void* shift, co
                     call, kernel, row_grid(call, batch * tokens, block), block, row_bytes(block, 1),
                     Inputs<T>{array<T>(x), array<T>(y), make_rows<T>(gate, gate_stride),
                               make_rows<T>(shift, shift_stride), make_rows<T>(scale, scale_stride)},
-                    Outputs<T>{array<T>(res), array<T>(out)}, mean, rstd,
-                    Shape{batch, tokens, int(channels)}, float(eps));
+                    Outputs<T>{array<T>(res), array<T>(out)}, mean, rstd, size, float(eps));
             });
     });
 }
@@ -209,7 +208,7 @@ void adaln_tangent(const void* x, const void* y, const void* gate, const void* s
                    int64_t tscale_stride, double eps, int dtype, int64_t where) {
     if (batch == 0 || tokens == 0 || channels == 0) return;
     const Call call = make_call("adaln_tangent", batch, tokens, channels, where);
-    check_channels(call, channels);
+    const Shape size = make_shape(call, batch, tokens, channels);
     with_dtype(dtype, [&](auto type) {
         using T = decltype(type);
         with_width<T>(
@@ -228,8 +227,7 @@ void adaln_tangent(const void* x, const void* y, const void* gate, const void* s
                               make_rows<T>(tshift, tshift_stride),
                               make_rows<T>(tscale, tscale_stride)},
                     Outputs<T>{array<T>(res), array<T>(out)},
-                    Outputs<T>{array<T>(tres), array<T>(tout)}, mean, rstd,
-                    Shape{batch, tokens, int(channels)}, float(eps));
+                    Outputs<T>{array<T>(tres), array<T>(tout)}, mean, rstd, size, float(eps));
             });
     });
 }

@@ -2,9 +2,6 @@
 // that a row is read once and most rows need no barrier.
 #pragma once
 
-#include <stdexcept>
-#include <string>
-
 #include "../math/adaln.h"
 #include "common.cuh"
 
@@ -145,12 +142,8 @@ inline size_t row_bytes(dim3 block, int count) {
     return 2 * block.y * (block.x / kWarp) * count * sizeof(float);
 }
 
-inline void check_channels(const Call& call, int64_t channels) {
-    if (channels > kMaxChannels) {
-        throw std::invalid_argument(std::string(call.op) + ": channels must be at most " +
-                                    std::to_string(kMaxChannels) + " on a GPU, got " +
-                                    std::to_string(channels));
-    }
+inline Shape make_shape(const Call& call, int64_t batch, int64_t tokens, int64_t channels) {
+    return {batch, tokens, counted(call, "channels", channels, kMaxChannels)};
 }
 
 }  // namespace

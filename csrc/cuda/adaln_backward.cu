@@ -1,4 +1,6 @@
 #include <algorithm>
+#include <stdexcept>
+#include <string>
 
 #include "adaln.cuh"
 
@@ -205,7 +207,7 @@ void adaln_backward(const void* dout, const void* dres, const void* res, const v
     if (batch == 0 || tokens == 0 || channels == 0) return;
     const Call call{
         "adaln_backward", {batch, tokens, channels}, reinterpret_cast<cudaStream_t>(where)};
-    check_channels(call, channels);
+    const Shape size = make_shape(call, batch, tokens, channels);
     if (sums == nullptr || chunks < 1 || chunks > tokens) {
         throw std::invalid_argument("adaln_backward: chunks must be 1 to " +
                                     std::to_string(tokens) +
@@ -224,7 +226,6 @@ void adaln_backward(const void* dout, const void* dres, const void* res, const v
                            rstd};
         const Gradients<T> to{array<T>(dx), array<T>(dy), array<T>(dgate), array<T>(dshift),
                               array<T>(dscale)};
-        const Shape size{batch, tokens, int(channels)};
         with_width<T>({dout, dres, res, y, gate, scale, dx, dy, sums},
                       {channels, gate_stride, scale_stride}, [&](auto width) {
                           constexpr int n = decltype(width)::kValue;

@@ -104,6 +104,8 @@ struct Call {
 };
 
 [[noreturn]] void fail(const Call& call, cudaError_t error);
+// A size of the call as the kernels count it; throws where it is larger than they can take.
+int counted(const Call& call, const char* name, int64_t size, int64_t most);
 
 inline void check(const Call& call, cudaError_t error) {
     if (error == cudaSuccess) return;

@@ -14,15 +14,30 @@ void add_qk_norm_rope(Kernels&);
 void add_transition_loss(Kernels&);
 void add_attention(Kernels&);
 
-void fail(const Call& call, cudaError_t error) {
+namespace {
+
+std::string told(const Call& call) {
     std::string shape;
     for (int64_t size : call.shape) {
         if (size == 0) break;
         shape += (shape.empty() ? "" : ", ") + std::to_string(size);
     }
-    throw std::runtime_error(std::string(call.op) + " of shape [" + shape +
-                             "]: " + cudaGetErrorString(error) + " (CUDA error " +
+    return std::string(call.op) + " of shape [" + shape + "]: ";
+}
+
+}  // namespace
+
+void fail(const Call& call, cudaError_t error) {
+    throw std::runtime_error(told(call) + cudaGetErrorString(error) + " (CUDA error " +
                              std::to_string(int(error)) + ")");
+}
+
+int counted(const Call& call, const char* name, int64_t size, int64_t most) {
+    if (size > most) {
+        throw std::invalid_argument(told(call) + name + " must be at most " + std::to_string(most) +
+                                    " on a GPU, got " + std::to_string(size));
+    }
+    return int(size);
 }
 
 void refuse_dtype(int dtype) {

@@ -149,7 +149,7 @@ void qk_norm_rope(const void* qkv, const float* q_weight, const float* q_bias,
     if (batch == 0 || tokens == 0 || heads == 0 || head_dim == 0) return;
     const Call call = make_call("qk_norm_rope", batch, tokens, heads, head_dim, where);
     const Tables tables{q_weight, q_bias, k_weight, k_bias, cos, sin};
-    const Size size{batch, tokens, int(heads), int(head_dim), float(eps)};
+    const Size size = make_size(call, batch, tokens, heads, head_dim, eps);
     with_dtype(dtype, [&](auto type) {
         using T = decltype(type);
         with_layout<T>({qkv, q_weight, q_bias, k_weight, k_bias, cos, sin, q, k, v},
@@ -170,7 +170,7 @@ void qk_norm_rope_tangent(const void* qkv, const void* tqkv, const float* q_weig
     if (batch == 0 || tokens == 0 || heads == 0 || head_dim == 0) return;
     const Call call = make_call("qk_norm_rope_tangent", batch, tokens, heads, head_dim, where);
     const Tables tables{q_weight, q_bias, k_weight, k_bias, cos, sin};
-    const Size size{batch, tokens, int(heads), int(head_dim), float(eps)};
+    const Size size = make_size(call, batch, tokens, heads, head_dim, eps);
     with_dtype(dtype, [&](auto type) {
         using T = decltype(type);
         with_layout<T>(

@@ -166,6 +166,20 @@ struct Size {
     float eps;
 };
 
+// The kernels count the numbers of a token in ints.
+constexpr int kMaxHeads = 1 << 21;
+constexpr int kMaxHeadDim = 256;
+
+inline Size make_size(const Call& call, int64_t batch, int64_t tokens, int64_t heads,
+                      int64_t head_dim, double eps) {
+    if (head_dim % 2 != 0) {
+        throw std::invalid_argument(std::string(call.op) + ": head_dim must be even, got " +
+                                    std::to_string(head_dim));
+    }
+    return {batch, tokens, counted(call, "heads", heads, kMaxHeads),
+            counted(call, "head_dim", head_dim, kMaxHeadDim), float(eps)};
+}
+
 // The packed projections: token n of sample b starts at data + b stride_b + n stride_n and holds
 // [3, H, D] without gaps.
 template <class T>
@@ -192,12 +206,7 @@ struct Tables {
 template <class T, class Body>
 void with_layout(std::initializer_list<const void*> pointers,
                  std::initializer_list<int64_t> strides, int64_t head_dim, const Body& body) {
-    constexpr int kMaxHeadDim = kWarp * Narrow<T>::kPacks * Narrow<T>::n;
-    if (head_dim % 2 != 0 || head_dim > kMaxHeadDim) {
-        throw std::invalid_argument("head_dim must be even and at most " +
-                                    std::to_string(kMaxHeadDim) + " on a GPU, got " +
-                                    std::to_string(head_dim));
-    }
+    static_assert(kMaxHeadDim == kWarp * Narrow<T>::kPacks * Narrow<T>::n);
     with_width<T>(pointers, strides, [&](auto width) {
         constexpr bool kAligned = decltype(width)::kValue > 1;
         if constexpr (kAligned) {

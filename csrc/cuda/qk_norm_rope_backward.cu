@@ -199,7 +199,7 @@ void qk_norm_rope_backward(const void* gq, const void* gk, const void* gv, const
                     reinterpret_cast<cudaStream_t>(where)};
     const Tables tables{q_weight, nullptr, k_weight, nullptr, cos, sin};
     const ParameterGradients gradients{dq_weight, dq_bias, dk_weight, dk_bias};
-    const Size size{batch, tokens, int(heads), int(head_dim), float(eps)};
+    const Size size = make_size(call, batch, tokens, heads, head_dim, eps);
     const Chunks chunks = make_chunks(batch * tokens);
     with_dtype(dtype, [&](auto type) {
         using T = decltype(type);
@@ -207,7 +207,7 @@ void qk_norm_rope_backward(const void* gq, const void* gk, const void* gv, const
             {gq, gk, qkv, q_weight, k_weight, cos, sin, dqkv}, {stride_b, stride_n}, head_dim,
             [&](auto layout) {
                 using L = decltype(layout);
-                const int heads = kWarp / lanes_per_head<L>(int(head_dim)) * (kHeadThreads / kWarp);
+                const int heads = kWarp / lanes_per_head<L>(size.head_dim) * (kHeadThreads / kWarp);
                 const size_t bytes = heads * 2 * head_dim * sizeof(float);
                 launch(call, backward<L>, dim3(unsigned(chunks.count), 2), kHeadThreads, bytes,
                        array<T>(gq), array<T>(gk), Packed<T>{array<T>(qkv), stride_b, stride_n},

@@ -1,6 +1,7 @@
 #include "../math/transition_loss.h"
 
 #include <stdexcept>
+#include <string>
 
 #include "common.cuh"
 
@@ -11,6 +12,9 @@ namespace {
 // over channels stay in its registers. threadIdx.x counts packs; the channels are dealt to the
 // groups threadIdx.y, whose sums meet in shared memory.
 constexpr int kMaxThreads = 512;
+// The kernels count channels in ints, past the last one by at most a block's threads.
+constexpr int kMaxChannels = 1 << 30;
+constexpr int kMaxBlocks = INT32_MAX;
 
 // T: dtype of the network's outputs, D: of the data.
 template <class T, class D>
@@ -24,7 +28,6 @@ struct Inputs {
     const T* null;
     const float* coefficients;  // [B, 5]
     float spacing;              // 2 epsilon
-    const float* time_weight;
     int64_t first;
 };
 
@@ -101,14 +104,34 @@ struct Terms {
     Pack<D, n> x, z;
 };
 
-// One block per sample: partial sums of several blocks would need memory to meet in, and a block
-// has enough loads under way that some tens of samples fill the GPU.
+struct Results {
+    float* loss;
+    float* denoising;
+    float* weight;
+    const float* time_weight;
+    int64_t channels, positions;
+};
+
+// From sums over all positions of the sample.
+TIM_DEVICE void finish(const Results& to, int64_t sample, float squares, float distance) {
+    const float error =
+        squares / float(to.channels * to.positions) + distance / float(to.positions);
+    const float factor = math::adaptive_weight(load_global(to.time_weight + sample), error);
+    to.denoising[sample] = error;
+    to.weight[sample] = factor;
+    to.loss[sample] = factor * error;
+}
+
+// A block takes the positions of one of the parts of a sample; [batch, parts, 2] sums of several
+// parts wait for add_parts.
 template <class T, class D, int n>
 __global__ void __launch_bounds__(kMaxThreads, 1)
-    forward(Inputs<T, D> in, D* targets, float* loss, float* denoising, float* weight, int channels,
+    forward(Inputs<T, D> in, D* targets, Results to, float* part_sums, int parts, int channels,
             int64_t positions, bool cosine) {
     constexpr int kChannels = n == 8 ? 1 : 2;  // at a time, as registers allow
-    const int64_t sample = blockIdx.x, numel = channels * positions;
+    const int64_t sample = blockIdx.x / parts, numel = channels * positions;
+    const int64_t part = blockIdx.x % parts, packs = positions / n;
+    const int64_t begin = packs * part / parts * n, end = packs * (part + 1) / parts * n;
     const bool moving = sample >= in.first;
     const T* const d = moving && in.d != nullptr ? in.d - in.first * numel : nullptr;
     const T* const d_minus =
@@ -122,9 +145,9 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
     const float c_null = in.null != nullptr ? load_global(c + 4) : 0.0f;
 
     float squares = 0.0f, distance = 0.0f;
-    for (int64_t start = 0; start < positions; start += int64_t(blockDim.x) * n) {
+    for (int64_t start = begin; start < end; start += int64_t(blockDim.x) * n) {
         const int64_t position = start + int64_t(threadIdx.x) * n;
-        const bool active = position < positions;
+        const bool active = position < end;
         const int64_t base = sample * numel + position;
         CosineSums<n> sums;
         for (int first = threadIdx.y; active && first < channels; first += kChannels * blockDim.y) {
@@ -175,13 +198,26 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
     }
     squares = block_sum(squares);
     distance = block_sum(distance);
-    if (threadIdx.x == 0 && threadIdx.y == 0) {
-        const float error = squares / float(numel) + distance / float(positions);
-        const float factor = math::adaptive_weight(load_global(in.time_weight + sample), error);
-        denoising[sample] = error;
-        weight[sample] = factor;
-        loss[sample] = factor * error;
+    if (threadIdx.x > 0 || threadIdx.y > 0) return;
+    if (parts == 1) {
+        finish(to, sample, squares, distance);
+    } else {
+        part_sums[2 * blockIdx.x] = squares;
+        part_sums[2 * blockIdx.x + 1] = distance;
     }
+}
+
+// One warp per sample, whose lanes add up every 32nd part.
+__global__ void __launch_bounds__(kWarp) add_parts(const float* part_sums, int parts, Results to) {
+    const float* const sums = part_sums + int64_t(blockIdx.x) * parts * 2;
+    float squares = 0.0f, distance = 0.0f;
+    for (int part = lane(); part < parts; part += kWarp) {
+        squares += load_global(sums + 2 * part);
+        distance += load_global(sums + 2 * part + 1);
+    }
+    squares = warp_sum(squares);
+    distance = warp_sum(distance);
+    if (lane() == 0) finish(to, blockIdx.x, squares, distance);
 }
 
 // So many channels of F and target stay in a thread's registers between the two passes over them;
@@ -295,23 +331,33 @@ void transition_loss(const void* F, const void* x, const void* z, const void* d,
                      const void* d_minus, const void* cond, const void* null,
                      const float* coefficients, double epsilon, const float* time_weight,
                      int64_t first, void* target, float* loss, float* denoising, float* weight,
-                     int64_t batch, int64_t channels, int64_t positions, bool cosine, int dtype,
-                     int data_dtype, int64_t where) {
+                     float* sums, int64_t batch, int64_t channels, int64_t positions, int64_t parts,
+                     bool cosine, int dtype, int data_dtype, int64_t where) {
     if (batch == 0 || channels == 0 || positions == 0) return;
     const Call call = make_call("transition_loss", batch, channels, positions, where);
+    const int channel_count = counted(call, "channels", channels, kMaxChannels);
+    const int blocks = counted(call, "batch x parts", batch * parts, kMaxBlocks);
+    if (parts < 1 || parts > positions || (parts > 1 && sums == nullptr)) {
+        throw std::invalid_argument(
+            "transition_loss: parts must be 1 to " + std::to_string(positions) +
+            " (positions), with memory for their sums if several, got " + std::to_string(parts));
+    }
+    const Results to{loss, denoising, weight, time_weight, channels, positions};
     with_dtypes(dtype, data_dtype, [&](auto type, auto data_type) {
         using T = decltype(type);
         using D = decltype(data_type);
         const Inputs<T, D> in{array<T>(F),        array<D>(x),    array<D>(z),    array<T>(d),
                               array<T>(d_minus),  array<T>(cond), array<T>(null), coefficients,
-                              float(2 * epsilon), time_weight,    first};
+                              float(2 * epsilon), first};
         with_width<D>({F, x, z, d, d_minus, cond, null, target}, {positions}, [&](auto width) {
             constexpr int kWidth = decltype(width)::kValue;
-            const dim3 block = forward_block(channels, positions / kWidth);
-            launch(call, forward<T, D, kWidth>, dim3(unsigned(batch)), block,
-                   shared_bytes(block, kWidth), in, array<D>(target), loss, denoising, weight,
-                   int(channels), positions, cosine);
+            const dim3 block = forward_block(channels, ceil_div(positions / kWidth, parts));
+            launch(call, forward<T, D, kWidth>, dim3(unsigned(blocks)), block,
+                   shared_bytes(block, kWidth), in, array<D>(target), to, sums, int(parts),
+                   channel_count, positions, cosine);
         });
+        if (parts > 1)
+            launch(call, add_parts, dim3(unsigned(batch)), kWarp, 0, sums, int(parts), to);
     });
 }
 
@@ -320,6 +366,7 @@ void transition_loss_backward(const float* scale, const void* F, const void* tar
                               int dtype, int data_dtype, int64_t where) {
     if (batch == 0 || channels == 0 || positions == 0) return;
     const Call call = make_call("transition_loss_backward", batch, channels, positions, where);
+    const int channel_count = counted(call, "channels", channels, kMaxChannels);
     with_dtypes(dtype, data_dtype, [&](auto type, auto data_type) {
         using T = decltype(type);
         using D = decltype(data_type);
@@ -329,7 +376,7 @@ void transition_loss_backward(const float* scale, const void* F, const void* tar
             const dim3 block = backward_block(channels, packs);
             const dim3 grid(unsigned(ceil_div(packs, block.x)), grid_rows(call, batch));
             launch(call, backward<T, D, kWidth>, grid, block, shared_bytes(block, kWidth), scale,
-                   array<T>(F), array<D>(target), array<T>(dF), batch, int(channels), positions,
+                   array<T>(F), array<D>(target), array<T>(dF), batch, channel_count, positions,
                    cosine);
         });
     });

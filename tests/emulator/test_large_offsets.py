@@ -36,7 +36,7 @@ FEW = {
         **dict.fromkeys(("forward", "tangent"), (2, 5, 8, 72)),
         "backward": (2, 1, 32, 256),
     },
-    "transition_loss": {"forward": (2, 4, 32, 32, 2), "backward": (2, 2, 512, 1024, 2)},
+    "transition_loss": {"forward": (2, 32, 8, 16, 2), "backward": (2, 2, 512, 1024, 2)},
 }
 #: Rows of the largest grid: blocks of the passes over whole samples take every 65535th.
 GRID_ROWS = 65535

@@ -176,8 +176,8 @@ def test_absent_tangents_count_as_zero(name) -> None:
     on_emulator(name).test_tangent_of_each_input_alone("emulator")
 
 
-#: The module, whose name in its package is that of the operation.
-ADALN = importlib.import_module("tim.ops.adaln")
+#: Modules, whose names in their package are those of the operations.
+ADALN, TRANSITION_LOSS = map(importlib.import_module, ("tim.ops.adaln", "tim.ops.transition_loss"))
 
 
 @pytest.mark.parametrize("name", ["adaln", "gated_adaln"])
@@ -194,6 +194,57 @@ def test_adaln_refuses_chunks_without_tokens(chunks, monkeypatch) -> None:
     message = rf"adaln_backward: chunks must be 1 to 13 \(tokens\), .* got {chunks}"
     with pytest.raises(ValueError, match=message):
         run(on_emulator("adaln"), "backward", (2, 13, 8), torch.float32)
+
+
+@pytest.mark.parametrize("name", ["transition_loss", "transition_loss_difference"])
+@pytest.mark.parametrize("parts", [1, 3, 40])
+def test_transition_loss_adds_any_number_of_parts(name, parts, monkeypatch) -> None:
+    monkeypatch.setattr(TRANSITION_LOSS, "_parts", lambda batch, positions: parts)
+    for dtype in DTYPES:
+        for shape in ((6, 7), (4, 96)):  # parts of one position, of none whole packs, of several
+            run(on_emulator(name), "forward", (2, 5, *shape, 1), dtype)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (
+            lambda k, p: k.transition_loss(
+                p, p, p, 0, 0, 0, 0, p, 0.1, p, 2, p, p, p, p, 0, 2, 1 << 31, 3, 1, True, 0, 0, 0
+            ),
+            r"transition_loss of shape \[2, 2147483648, 3\]: channels must be at most 1073741824",
+        ),
+        (
+            lambda k, p: k.transition_loss(
+                p, p, p, 0, 0, 0, 0, p, 0.1, p, 2, p, p, p, p, 0, 2, 4, 3, 2, True, 0, 0, 0
+            ),
+            r"transition_loss: parts must be 1 to 3 \(positions\), with memory .*, got 2",
+        ),
+        (
+            lambda k, p: k.transition_loss_backward(p, p, p, p, 2, 1 << 31, 3, True, 0, 0, 0),
+            "transition_loss_backward of shape .*: channels must be at most 1073741824 on a GPU",
+        ),
+        (
+            lambda k, p: k.qk_norm_rope(*[p] * 10, 1, 2, 1 << 32, 8, 8, 8, 1e-6, 0, 0),
+            r"qk_norm_rope of shape \[1, 2, 4294967296, 8\]: heads must be at most 2097152",
+        ),
+        (
+            lambda k, p: k.qk_norm_rope_backward(*[p] * 13, 1, 2, 3, 258, 8, 8, 1e-6, 0, 0),
+            r"qk_norm_rope_backward of shape \[1, 2, 3, 258\]: head_dim must be at most 256",
+        ),
+        (
+            lambda k, p: k.qk_norm_rope_backward(*[p] * 13, 1, 2, 3, 7, 8, 8, 1e-6, 0, 0),
+            "qk_norm_rope_backward: head_dim must be even, got 7",
+        ),
+        (
+            lambda k, p: k.adaln(*[p] * 9, 1, 2, 1 << 33, 0, 0, 0, 1e-6, 0, 0),
+            r"adaln of shape \[1, 2, 8589934592\]: channels must be at most 8192 on a GPU, got 85",
+        ),
+    ],
+)
+def test_sizes_beyond_what_the_kernels_count_are_refused(call, message) -> None:
+    with pytest.raises(ValueError, match=message):
+        call(module(), torch.zeros(1).data_ptr())
 
 
 #: Tests of tests/ops that fit any kernel: dtypes that differ, views, values that are special.

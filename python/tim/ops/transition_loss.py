@@ -215,6 +215,14 @@ def _geometry(F: Tensor) -> tuple[int, int, int]:
     return batch, channels, height * width
 
 
+def _parts(batch: int, positions: int) -> int:
+    """How many blocks of a GPU share a sample, by the shape alone.
+
+    So every GPU adds in the same order. 128 samples and more take one block each.
+    """
+    return 1 if batch >= 128 else max(1, min(256 // batch, positions // 128))
+
+
 def _codes(F: Tensor, data: Tensor) -> tuple[int, int]:
     return dispatch.DTYPE_CODES[F.dtype], dispatch.DTYPE_CODES[data.dtype]
 
@@ -232,9 +240,13 @@ def _forward(
     weight = torch.empty_like(time_weight)
     if F.numel():
         outputs = (target, loss, denoising, weight)
+        batch, _, positions = _geometry(F)
+        parts = _parts(batch, positions) if F.device.type in dispatch.WITH_SCRATCH else 1
+        shape = (batch, parts, 2)
+        sums = None if parts == 1 else torch.empty(shape, dtype=torch.float32, device=F.device)
         dispatch.launch(
             "transition_loss", F, *arrays, table, epsilon, time_weight, _first(F, d), *outputs,
-            *_geometry(F), cosine, *_codes(F, x),
+            sums, *_geometry(F), parts, cosine, *_codes(F, x),
         )  # fmt: skip
     else:  # the mean over no elements
         for output in (loss, denoising, weight):
