@@ -4,7 +4,9 @@
 // keys and values) and sweeps over the tokens of the other side, tile by tile through shared
 // memory. A warp keeps 16 or 32 of the rows in registers. Where a device has room for more blocks
 // than there are, blocks own fewer rows, and the warps share out the tokens of each tile; their
-// sums are added up at the end, in a fixed order.
+// sums are added up at the end, in a fixed order. Where half of the multiprocessors would still be
+// idle, several blocks have the same rows: each computes all of their weights, but multiplies them
+// with some columns of the values only.
 #pragma once
 
 #include <stdexcept>
@@ -23,12 +25,14 @@ constexpr int kMaxStages = 4;
 constexpr int kReservedBytes = 1024;  // of shared memory, for the system, per block
 constexpr int64_t kMaxGridX = 0x7fffffff;
 
-// Blocks for heads of width D whose warps own `bands` bands of rows each.
-template <int D, int bands>
+// Blocks for heads of width D whose warps own `bands` bands of rows each, and of the results one of
+// `parts` equal groups of columns.
+template <int D, int bands, int parts = 1>
 struct Geometry {
-    static_assert(D % 8 == 0 && (bands == 1 || bands == 2));
+    static_assert(D % (8 * parts) == 0 && (bands == 1 || bands == 2));
     static constexpr int kBands = bands;
-    static constexpr int kWarps = 8 / bands;
+    static constexpr int kParts = parts, kColumns = D / parts;
+    static constexpr int kWarps = parts > 1 ? 4 : 8 / bands;
     static constexpr int kThreads = kWarps * kWarp;
     static constexpr int kWarpRows = bands * kBandRows;
     static constexpr int kMaxRows = kWarps * kWarpRows;
@@ -43,6 +47,10 @@ struct Side {
     const int32_t* offsets;
     int64_t tokens, longest;
 };
+
+// Where heads of width D are split.
+template <int D>
+constexpr int kColumnParts = D % 32 == 0 ? 4 : 3;
 
 struct Problem {
     Side rows, swept;
@@ -70,6 +78,7 @@ struct Task {
     int sample, head;
     Span rows, swept;  // tokens of the sequence
     int row;           // first of the block, counted from the sequence's; may lie behind its last
+    int part;          // of the columns
 };
 
 // Index of a row of the block's sequence in an array [batch, heads, tokens].
@@ -110,10 +119,12 @@ TIM_DEVICE Span sequence_of(const Side& side, int sequence) {
     return {first, load_global(side.offsets + sequence + 1) - first};
 }
 
+template <int parts = 1>
 TIM_DEVICE Task find_task(const Problem& problem, const Plan& plan) {
-    const unsigned index = block_index();
+    const unsigned block_of_grid = block_index(), index = block_of_grid / parts;
     int sequence, block;
     Task task;
+    task.part = int(block_of_grid % parts);
     if (plan.slots == 0) {
         const unsigned head = index / plan.blocks;
         block = int(index % plan.blocks);
@@ -146,14 +157,14 @@ TIM_DEVICE WarpPlace warp_place(const Plan& plan) {
 }
 
 // Blocks that a plan launches per head, of all sequences together.
-inline void count_blocks(const Problem& problem, Plan* plan) {
+inline void count_blocks(const Problem& problem, int parts, Plan* plan) {
     const Side& side = problem.rows;
     const int64_t each = ceil_div(side.longest, plan->rows);
     const int64_t slots = side.tokens / plan->rows + problem.sequences;
     const bool look_up = side.offsets != nullptr && slots < each * problem.sequences;
     plan->blocks = unsigned(each);
     plan->slots = look_up ? unsigned(slots) : 0;
-    plan->all_blocks = problem.heads * (look_up ? slots : each * problem.sequences);
+    plan->all_blocks = parts * problem.heads * (look_up ? slots : each * problem.sequences);
 }
 
 // `operands` tiles of the swept side are in shared memory at a time; groups of warps add up
@@ -172,7 +183,7 @@ Plan make_plan(const Call& call, const Problem& problem, int operands, int sums)
     // would be more than a fifth. A tile has chunks for four groups of warps: more groups only help
     // by spreading over multiprocessors that are idle.
     for (plan.rows = G::kMaxRows;; plan.rows /= 2) {
-        count_blocks(problem, &plan);
+        count_blocks(problem, G::kParts, &plan);
         const bool full = 2 * plan.all_blocks > device_blocks;
         const int least = full ? 2 * kBandRows : G::kWarpRows;
         if (plan.rows <= least || adding(plan.rows / 2) > most) break;
@@ -192,6 +203,12 @@ Plan make_plan(const Call& call, const Problem& problem, int operands, int sums)
     const int64_t staging = int64_t(plan.stages) * stage_bytes();
     plan.shared_bytes = size_t(adding(plan.rows) > staging ? adding(plan.rows) : staging);
     return plan;
+}
+
+// Whether a plan's blocks are so few that it is better to split columns: weights are computed
+// several times then.
+inline bool leaves_half_idle(const Call& call, const Plan& plan) {
+    return 2 * plan.all_blocks <= multiprocessors(call);
 }
 
 template <class G, class... Parameters, class... Arguments>

@@ -234,7 +234,7 @@ bool make_hopper_plan(const Call& call, const Problem& problem, int operands, Pl
     *plan = {};
     plan->rows = kHopperRows;
     plan->tile = kHopperKeys;
-    count_blocks(problem, plan);
+    count_blocks(problem, 1, plan);
     const int stage = operands * HopperTile<D>::kBytes;
     const int most = device_attribute(call, cudaDevAttrMaxSharedMemoryPerBlockOptin) -
                      kTileAlignment - kReservedBytes;

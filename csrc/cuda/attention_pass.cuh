@@ -11,9 +11,9 @@
 namespace tim::cuda {
 namespace {
 
-// With a tangent there are twice as many sums to hold.
-template <int D, Subset subset>
-using PassGeometry = Geometry<D, subset == Subset::kNone && D <= 96 ? 2 : 1>;
+// With a tangent there are twice as many sums to hold. Few rows are split into bands first.
+template <int D, Subset subset, int parts>
+using PassGeometry = Geometry<D, subset == Subset::kNone && D <= 96 && parts == 1 ? 2 : 1, parts>;
 
 // The logarithm of the largest weight. Tangents in float16 need the room themselves.
 template <class T, Subset subset>
@@ -79,15 +79,15 @@ TIM_DEVICE void unite_maxima(const WarpPlace& place, RowNumbers<bands>& maxima,
         }
 }
 
-template <class T, int D, Subset subset>
-__global__ void __launch_bounds__(PassGeometry<D, subset>::kThreads,
-                                  PassGeometry<D, subset>::kResident)
+template <class T, int D, Subset subset, int parts>
+__global__ void __launch_bounds__(PassGeometry<D, subset, parts>::kThreads,
+                                  PassGeometry<D, subset, parts>::kResident)
     pass(Inputs<T> x, T* outs, float* lses, T* t_outs, float* t_lses, Problem problem, Plan plan) {
-    using G = PassGeometry<D, subset>;
-    constexpr int kPitch = G::kPitch, kBands = G::kBands;
+    using G = PassGeometry<D, subset, parts>;
+    constexpr int kPitch = G::kPitch, kBands = G::kBands, kColumns = G::kColumns;
     constexpr bool kMoving = subset != Subset::kNone;
     const Tangents there = tangents_of<subset>(x);
-    const Task task = find_task(problem, plan);
+    const Task task = find_task<parts>(problem, plan);
     const int count = task.rows.count;
     if (task.row >= count) return;
     const WarpPlace place = warp_place<G>(plan);
@@ -96,17 +96,17 @@ __global__ void __launch_bounds__(PassGeometry<D, subset>::kThreads,
     Queries<D, kBands> queries;
     read_queries(queries, x, there, problem, task, first_row);
     HeadRows<T> swept[kSweptOperands<subset>];
-    swept_rows<subset>(swept, x, task);
+    swept_rows<G, subset>(swept, x, task);
     const int tile_size = plan.tile * kPitch;
     const float scale = problem.scale;
-    Sums<D, kBands> sums = {}, t_sums = {};
+    Sums<kColumns, kBands> sums = {}, t_sums = {};
     RowNumbers<kBands> maxima, totals = {}, t_lse = {};
     for_each_row_number(maxima, [](float& maximum) { maximum = -FLT_MAX; });
     const auto rescale = [&](int band, int half, float factor) {
         totals[band][half] *= factor;
         t_lse[band][half] *= factor;
 #pragma unroll
-        for (int i = 0; i < D / 4; ++i) {
+        for (int i = 0; i < kColumns / 4; ++i) {
             sums[band][i / 2][half * 2 + i % 2] *= factor;
             if (kMoving) t_sums[band][i / 2][half * 2 + i % 2] *= factor;
         }
@@ -127,13 +127,13 @@ __global__ void __launch_bounds__(PassGeometry<D, subset>::kThreads,
         uint32_t weights[kBands][4], products[kBands][4];
         round_to_left<T>(weights, p);
         round_to_left<T>(products, g);
-        add_values<D, kPitch>(sums, weights, rows + kValues * tile_size);
+        add_values<kColumns, kPitch>(sums, weights, rows + kValues * tile_size);
         if (there.of_scores) {
             // Of the rounded numbers: the tangent is a difference of sums over them.
             add_rows<T>(t_lse, products);
-            add_values<D, kPitch>(t_sums, products, rows + kValues * tile_size);
+            add_values<kColumns, kPitch>(t_sums, products, rows + kValues * tile_size);
         }
-        if (there.of_v) add_values<D, kPitch>(t_sums, weights, rows + kTValues * tile_size);
+        if (there.of_v) add_values<kColumns, kPitch>(t_sums, weights, rows + kTValues * tile_size);
     };
     sweep<G, D>(
         swept, task.swept.count, plan, problem.aligned, [&](const T* tiles, int, int tokens) {
@@ -143,11 +143,11 @@ __global__ void __launch_bounds__(PassGeometry<D, subset>::kThreads,
         });
 
     unite_maxima(place, maxima, rescale);
-    add_groups(place, kBands * ((kMoving ? 2 : 1) * (D / 2 + 2)), [&](const auto& add) {
-        for_each_sum<D, kBands>(sums, add);
+    add_groups(place, kBands * ((kMoving ? 2 : 1) * (kColumns / 2 + 2)), [&](const auto& add) {
+        for_each_sum<kColumns, kBands>(sums, add);
         for_each_row_number(totals, add);
         if (kMoving) {
-            for_each_sum<D, kBands>(t_sums, add);
+            for_each_sum<kColumns, kBands>(t_sums, add);
             for_each_row_number(t_lse, add);
         }
     });
@@ -163,13 +163,13 @@ __global__ void __launch_bounds__(PassGeometry<D, subset>::kThreads,
             t_lse[band][half] = row_total(t_lse[band][half]) * inverse[band][half];
         }
     write_row_numbers(lses, problem, task, first_row, lse);
-    write_rows<T, D, kBands>(outs, problem, task, first_row,
-                             [&](int band, int half, int unit, int i) {
-                                 return sums[band][unit][half * 2 + i] * inverse[band][half];
-                             });
+    write_rows<T, D, kBands, kColumns>(
+        outs, problem, task, first_row, [&](int band, int half, int unit, int i) {
+            return sums[band][unit][half * 2 + i] * inverse[band][half];
+        });
     if constexpr (kMoving) {
         write_row_numbers(t_lses, problem, task, first_row, t_lse);
-        write_rows<T, D, kBands>(
+        write_rows<T, D, kBands, kColumns>(
             t_outs, problem, task, first_row, [&](int band, int half, int unit, int i) {
                 const int at = half * 2 + i;
                 return inverse[band][half] * math::attention_tangent(t_sums[band][unit][at],
@@ -179,14 +179,19 @@ __global__ void __launch_bounds__(PassGeometry<D, subset>::kThreads,
     }
 }
 
-template <Subset subset, int D, class T>
+template <Subset subset, int D, int parts = 1, class T>
 void launch_pass(const Call& call, const Inputs<T>& x, void* out, float* lse, void* t_out,
                  float* t_lse, const Problem& problem) {
-    using G = PassGeometry<D, subset>;
-    const int sums = G::kBands * (subset == Subset::kNone ? 1 : 2) * (D / 2 + 2);
+    using G = PassGeometry<D, subset, parts>;
+    const int sums = G::kBands * (subset == Subset::kNone ? 1 : 2) * (G::kColumns / 2 + 2);
     const Plan plan = make_plan<G>(call, problem, kSweptOperands<subset>, sums);
-    launch_plan<G>(call, pass<T, D, subset>, plan, x, array<T>(out), lse, array<T>(t_out), t_lse,
-                   problem, plan);
+    if constexpr (parts == 1) {
+        constexpr Subset split = subset == Subset::kNone ? Subset::kNone : Subset::kSome;
+        if (leaves_half_idle(call, plan))
+            return launch_pass<split, D, kColumnParts<D>>(call, x, out, lse, t_out, t_lse, problem);
+    }
+    launch_plan<G>(call, pass<T, D, subset, parts>, plan, x, array<T>(out), lse, array<T>(t_out),
+                   t_lse, problem, plan);
 }
 
 }  // namespace

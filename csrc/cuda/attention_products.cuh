@@ -229,25 +229,27 @@ TIM_DEVICE void for_each_row(int first, int count, const Body& body) {
 }
 
 // Writes what value(band, half, unit, 0 or 1) returns for this lane's columns of a row's units
-// of 8.
-template <class T, int D, int bands, class Value>
+// of 8, or of those of the block's columns.
+template <class T, int D, int bands, int columns = D, class Value>
 TIM_DEVICE void write_rows(T* to, const Problem& problem, const Task& task, int first,
                            const Value& value) {
     with_pairs(problem.aligned, [&](auto pairs) {
         for_each_row<bands>(first, task.rows.count, [&](int band, int half, int row) {
-            T* const p = to + vector_index<D>(problem, task, row) + lane() % 4 * 2;
+            T* const p =
+                to + vector_index<D>(problem, task, row) + task.part * columns + lane() % 4 * 2;
 #pragma unroll
-            for (int unit = 0; unit < D / 8; ++unit)
+            for (int unit = 0; unit < columns / 8; ++unit)
                 pairs.write(p + unit * 8,
                             pair_bits(T{}, value(band, half, unit, 0), value(band, half, unit, 1)));
         });
     });
 }
 
+// The block with a row's first columns writes what all of them know.
 template <int bands>
 TIM_DEVICE void write_row_numbers(float* to, const Problem& problem, const Task& task, int first,
                                   const RowNumbers<bands>& numbers) {
-    if (to == nullptr || lane() % 4 != 0) return;
+    if (to == nullptr || task.part > 0 || lane() % 4 != 0) return;
     for_each_row<bands>(first, task.rows.count, [&](int band, int half, int row) {
         store_global(to + scalar_index(problem, task, row), numbers[band][half]);
     });
@@ -288,8 +290,8 @@ TIM_DEVICE void score_chunk(Scores<bands>& scores, Scores<bands>& t_scores,
 
 // Subtracts the outputs' share from the sums of a tangent and writes both results. `t_lse` is what
 // each lane has summed of its rows.
-template <class T, int D, int bands>
-TIM_DEVICE void write_tangent(T* t_outs, float* t_lses, const T* outs, Sums<D, bands>& sums,
+template <class T, int D, int bands, int columns = D>
+TIM_DEVICE void write_tangent(T* t_outs, float* t_lses, const T* outs, Sums<columns, bands>& sums,
                               RowNumbers<bands>& t_lse, const Tangents& there,
                               const Problem& problem, const Task& task, int first) {
     for_each_row_number(t_lse, [](float& sum) { sum = row_total(sum); });
@@ -297,13 +299,14 @@ TIM_DEVICE void write_tangent(T* t_outs, float* t_lses, const T* outs, Sums<D, b
     const bool subtract = there.of_scores && task.swept.count > 0;
     with_pairs(problem.aligned, [&](auto pairs) {
         for_each_row<bands>(first, task.rows.count, [&](int band, int half, int row) {
-            const T* const p = outs + vector_index<D>(problem, task, row) + lane() % 4 * 2;
-            uint32_t out[D / 8];
+            const T* const p =
+                outs + vector_index<D>(problem, task, row) + task.part * columns + lane() % 4 * 2;
+            uint32_t out[columns / 8];
 #pragma unroll
-            for (int unit = 0; unit < D / 8; ++unit)
+            for (int unit = 0; unit < columns / 8; ++unit)
                 out[unit] = subtract ? pairs.read(p + unit * 8) : 0;
 #pragma unroll
-            for (int unit = 0; unit < D / 8; ++unit)
+            for (int unit = 0; unit < columns / 8; ++unit)
 #pragma unroll
                 for (int i = 0; i < 2; ++i) {
                     float& sum = sums[band][unit][half * 2 + i];
@@ -312,9 +315,9 @@ TIM_DEVICE void write_tangent(T* t_outs, float* t_lses, const T* outs, Sums<D, b
                 }
         });
     });
-    write_rows<T, D, bands>(t_outs, problem, task, first, [&](int band, int half, int unit, int i) {
-        return sums[band][unit][half * 2 + i];
-    });
+    write_rows<T, D, bands, columns>(
+        t_outs, problem, task, first,
+        [&](int band, int half, int unit, int i) { return sums[band][unit][half * 2 + i]; });
     write_row_numbers(t_lses, problem, task, first, t_lse);
 }
 

@@ -6,18 +6,20 @@
 namespace tim::cuda {
 namespace {
 
-// Registers hold two bands of q, t_q and sums up to this width.
-template <int D>
-using TangentGeometry = Geometry<D, D <= 72 ? 2 : 1>;
+// Registers hold two bands of q, t_q and sums up to this width. Few rows are split into bands
+// first.
+template <int D, int parts>
+using TangentGeometry = Geometry<D, D <= 72 && parts == 1 ? 2 : 1, parts>;
 
-template <class T, int D, Subset subset>
-__global__ void __launch_bounds__(TangentGeometry<D>::kThreads, TangentGeometry<D>::kResident)
+template <class T, int D, Subset subset, int parts>
+__global__ void __launch_bounds__(TangentGeometry<D, parts>::kThreads,
+                                  TangentGeometry<D, parts>::kResident)
     tangent(Inputs<T> x, const T* outs, const float* lses, T* t_outs, float* t_lses,
             Problem problem, Plan plan) {
-    using G = TangentGeometry<D>;
-    constexpr int kPitch = G::kPitch, kBands = G::kBands;
+    using G = TangentGeometry<D, parts>;
+    constexpr int kPitch = G::kPitch, kBands = G::kBands, kColumns = G::kColumns;
     const Tangents there = tangents_of<subset>(x);
-    const Task task = find_task(problem, plan);
+    const Task task = find_task<parts>(problem, plan);
     const int count = task.rows.count;
     if (task.row >= count) return;
     const WarpPlace place = warp_place<G>(plan);
@@ -31,11 +33,11 @@ __global__ void __launch_bounds__(TangentGeometry<D>::kThreads, TangentGeometry<
     });
 
     HeadRows<T> swept[kSweptOperands<subset>];
-    swept_rows<subset>(swept, x, task);
+    swept_rows<G, subset>(swept, x, task);
     if (!there.of_scores) swept[kValues].data = nullptr;
     const int tile_size = plan.tile * kPitch;
     const float scale = problem.scale;
-    Sums<D, kBands> sums = {};
+    Sums<kColumns, kBands> sums = {};
     float t_lse[kBands][2] = {};
     const auto add_chunk = [&](const T* rows, int tokens) {
         float p[kBands][2][4] = {}, g[kBands][2][4] = {};
@@ -51,9 +53,9 @@ __global__ void __launch_bounds__(TangentGeometry<D>::kThreads, TangentGeometry<
         if (there.of_scores) {
             // Of the rounded numbers: the tangent is a difference of sums over them.
             add_rows<T>(t_lse, products);
-            add_values<D, kPitch>(sums, products, rows + kValues * tile_size);
+            add_values<kColumns, kPitch>(sums, products, rows + kValues * tile_size);
         }
-        if (there.of_v) add_values<D, kPitch>(sums, weights, rows + kTValues * tile_size);
+        if (there.of_v) add_values<kColumns, kPitch>(sums, weights, rows + kTValues * tile_size);
     };
     sweep<G, D>(
         swept, task.swept.count, plan, problem.aligned, [&](const T* tiles, int, int tokens) {
@@ -62,12 +64,28 @@ __global__ void __launch_bounds__(TangentGeometry<D>::kThreads, TangentGeometry<
                            [&](int chunk) { add_chunk(tiles + chunk * kPitch, tokens - chunk); });
         });
 
-    add_groups(place, kBands * (D / 2 + 2), [&](const auto& add) {
-        for_each_sum<D, kBands>(sums, add);
+    add_groups(place, kBands * (kColumns / 2 + 2), [&](const auto& add) {
+        for_each_sum<kColumns, kBands>(sums, add);
         for_each_row_number(t_lse, add);
     });
     if (place.group > 0) return;
-    write_tangent<T, D, kBands>(t_outs, t_lses, outs, sums, t_lse, there, problem, task, first_row);
+    write_tangent<T, D, kBands, kColumns>(t_outs, t_lses, outs, sums, t_lse, there, problem, task,
+                                          first_row);
+}
+
+template <Subset subset, int D, int parts = 1, class T>
+void launch_tangent(const Call& call, const Inputs<T>& x, const void* out, const float* lse,
+                    void* t_out, float* t_lse, const Problem& problem) {
+    using G = TangentGeometry<D, parts>;
+    const int sums = G::kBands * (G::kColumns / 2 + 2);
+    const Plan plan = make_plan<G>(call, problem, kSweptOperands<subset>, sums);
+    if constexpr (parts == 1) {
+        if (leaves_half_idle(call, plan))
+            return launch_tangent<Subset::kSome, D, kColumnParts<D>>(call, x, out, lse, t_out,
+                                                                     t_lse, problem);
+    }
+    launch_plan<G>(call, tangent<T, D, subset, parts>, plan, x, array<T>(out), lse, array<T>(t_out),
+                   t_lse, problem, plan);
 }
 
 void attention_tangent(const void* q, const void* k, const void* v, const void* out,
@@ -85,16 +103,11 @@ void attention_tangent(const void* q, const void* k, const void* v, const void* 
     with_type_and_width(call.op, dtype, head_dim, [&](auto type, auto width) {
         using T = decltype(type);
         constexpr int D = decltype(width)::kValue;
-        using G = TangentGeometry<D>;
         const Inputs<T> x = make_inputs<T>(q, k, v, t_q, t_k, t_v, q_strides, k_strides, v_strides,
                                            t_q_strides, t_k_strides, t_v_strides);
         problem.aligned = are_aligned({out, t_out}) && are_aligned(x);
-        with_subset(x, [&](auto constant) {
-            constexpr Subset subset = decltype(constant)::value;
-            const int sums = G::kBands * (D / 2 + 2);
-            const Plan plan = make_plan<G>(call, problem, kSweptOperands<subset>, sums);
-            launch_plan<G>(call, tangent<T, D, subset>, plan, x, array<T>(out), lse,
-                           array<T>(t_out), t_lse, problem, plan);
+        with_subset(x, [&](auto subset) {
+            launch_tangent<decltype(subset)::value, D>(call, x, out, lse, t_out, t_lse, problem);
         });
     });
 }

@@ -21,11 +21,13 @@ struct Operand {
     Strides strides;
 };
 
+// Without the columns before `column`.
 template <class T>
-TIM_DEVICE HeadRows<T> head_rows(const Operand<T>& x, const Task& task, const Span& tokens) {
+TIM_DEVICE HeadRows<T> head_rows(const Operand<T>& x, const Task& task, const Span& tokens,
+                                 int column = 0) {
     const int64_t first =
         task.sample * x.strides.batch + task.head * x.strides.head + tokens.first * x.strides.token;
-    return {x.data == nullptr ? nullptr : x.data + first, x.strides.token};
+    return {x.data == nullptr ? nullptr : x.data + first + column, x.strides.token};
 }
 
 // Which tangents there are: none, all, only that of the queries (where keys and values are a
@@ -57,14 +59,16 @@ enum { kKeys, kValues, kTKeys, kTValues };
 template <Subset subset>
 constexpr int kSweptOperands = subset == Subset::kAll || subset == Subset::kSome ? 4 : 2;
 
-template <Subset subset, class T>
+// Of the values, the block's columns.
+template <class G, Subset subset, class T>
 TIM_DEVICE void swept_rows(HeadRows<T> (&rows)[kSweptOperands<subset>], const Inputs<T>& x,
                            const Task& task) {
+    const int column = task.part * G::kColumns;
     rows[kKeys] = head_rows(x.k, task, task.swept);
-    rows[kValues] = head_rows(x.v, task, task.swept);
+    rows[kValues] = head_rows(x.v, task, task.swept, column);
     if constexpr (kSweptOperands<subset> == 4) {
         rows[kTKeys] = head_rows(x.t_k, task, task.swept);
-        rows[kTValues] = head_rows(x.t_v, task, task.swept);
+        rows[kTValues] = head_rows(x.t_v, task, task.swept, column);
     }
 }
 
@@ -148,14 +152,27 @@ TIM_DEVICE void wait_for_tile(int stages) {
 
 // Calls body(tiles, first token, tokens) for the tiles of the swept side, one after the other,
 // while the next ones are on their way. The tile of operand i begins at tiles + i * plan.tile *
-// kPitch; operands that are absent are not copied. Tokens behind the last are zeros.
+// kPitch; operands that are absent are not copied. Tokens behind the last are zeros. Every other
+// operand are values, of which there are G::kColumns columns.
 template <class G, int D, class T, int operands, class Body>
 TIM_DEVICE void sweep(const HeadRows<T> (&rows)[operands], int count, const Plan& plan,
                       bool aligned, const Body& body) {
     // Each operand has its own threads, which copy one unit of 16 bytes of every kStep-th row.
-    constexpr int kUnits = D / 8, kThreads = G::kThreads / operands, kStep = kThreads / kUnits;
-    const int mine = threadIdx.x / kThreads, thread = threadIdx.x % kThreads;
-    const int start = thread / kUnits, unit = thread % kUnits * 8;
+    constexpr int kUnits = D / 8, kValueUnits = G::kColumns / 8;
+    constexpr int kThreads = G::kThreads / operands;
+    constexpr int kStep = 2 * kThreads / (kUnits + kValueUnits);
+    int mine = threadIdx.x / kThreads, thread = threadIdx.x % kThreads, units = kUnits;
+    if constexpr (kValueUnits < kUnits) {  // the more there are, the more threads
+        constexpr int kKeyThreads = kStep * kUnits;
+        thread = threadIdx.x % (2 * kThreads);
+        mine = threadIdx.x / (2 * kThreads) * 2;
+        if (thread >= kKeyThreads) {
+            ++mine;
+            thread -= kKeyThreads;
+            units = kValueUnits;
+        }
+    }
+    const int start = thread / units, unit = thread % units * 8;
     HeadRows<T> from = rows[0];
 #pragma unroll
     for (int i = 1; i < operands; ++i)

@@ -15,10 +15,13 @@ from attention_cases import (
     check,
     launches,
     make_case,
+    odd_strides,
     run,
 )
 
 KERNELS = ("attention", "attention_tangent", "attention_dual", "attention_backward")
+#: Those that split columns where there are few rows.
+SPLIT = KERNELS[:3]
 LENGTHS = [(1, 1), (17, 64), (100, 1), (64, 100), (1, 200), (130, 17)]
 #: Lengths of packed sequences, of queries and of keys.
 PACKED = {
@@ -226,10 +229,46 @@ def test_one_sample_is_spread_over_the_multiprocessors(kernel, head_dim) -> None
     for launch in launches(kernel, head_dim, 256, **GPUS["H100"]):
         assert 128 <= launch.blocks <= 132 * 256 // launch.threads
     for launch in launches(kernel, head_dim, 64, **GPUS["H100"]):
-        # A block has at least the rows of one warp: 16, or 32 where its threads are 128.
-        assert launch.blocks == (64 if launch.threads == 256 else 32)
+        if kernel == "attention_backward":
+            # A block has at least the rows of one warp: 16, or 32 where its threads are 128.
+            assert launch.blocks == (64 if launch.threads == 256 else 32)
+        else:
+            assert launch.blocks == 64 * (3 if head_dim == 72 else 4)
+    for heads in (12, 16):  # B/4 and XL/2
+        for launch in launches(kernel, head_dim, 64, heads=heads, **GPUS["H100"]):
+            assert launch.blocks >= 132 or kernel == "attention_backward"
     large = [launches(kernel, head_dim, n, batch=64, **GPUS["H100"]) for n in (256, 4096)]
     for launch in large[1]:
         assert launch.blocks == 64 * 16 * 4096 // 128
     for launch in large[0]:
         assert launch.blocks == 64 * 16 * 256 // 128
+
+
+@pytest.mark.parametrize("subset", [(True, True, True), (True, False, False), (False, False, True)])
+@each_width
+@pytest.mark.parametrize("kernel", SPLIT)
+def test_blocks_for_some_columns_give_the_same_bits(kernel, subset, head_dim) -> None:
+    """Of packed sequences as well, whose last block of rows is not full."""
+    offsets = ((0, 20, 21), (0, 65, 84))
+    case = make_case(head_dim, BFLOAT16, 21, 84, heads=2, subset=subset, offsets=offsets)
+    # Four blocks are no more than half of the multiprocessors, or they are.
+    few, many = {"multiprocessors": 7}, {"multiprocessors": 132}
+    names = [
+        [launch.kernel for launch in launches(kernel, head_dim, 21, 84, heads=2, lengths=2, **gpu)]
+        for gpu in (few, many)
+    ]
+    assert set(names[0]).isdisjoint(names[1])
+    parts = check(Emulator(**many), kernel, case)
+    whole = run(Emulator(**few), kernel, case)
+    for name, value in whole.items():
+        assert torch.equal(parts[name], value)
+
+
+@pytest.mark.parametrize("order", [1, 2, 3])
+@pytest.mark.parametrize("kernel", SPLIT)
+def test_the_order_of_blocks_for_some_columns_does_not_matter(kernel, order) -> None:
+    case = make_case(72, BFLOAT16, 64, 64, heads=2, layout=odd_strides)
+    results = [
+        run(Emulator(order=order, multiprocessors=132), kernel, case) for order in (0, order)
+    ]
+    assert all(torch.equal(results[0][name], value) for name, value in results[1].items())
