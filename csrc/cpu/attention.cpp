@@ -238,15 +238,20 @@ class Worker {
 
     template <int vectors>
     void add_tile(const Block& block, bool first) {
+        constexpr int64_t kQueries = vectors * kRegister;
         const bool moving = a_.scores_move();
         // The sign goes into the products, so that the largest of them has the largest score.
         const float scale = fabsf(a_.scale);
-        scores<vectors, Into::kSet>(keys_, block.q, a_.scale < 0.0f ? -1.0f : 1.0f, scores_);
-        if (a_.t_q) scores<vectors, Into::kSet>(keys_, block.t_q, a_.scale, t_scores_);
+        multiply<kPairs, vectors, Into::kSet>({scores<vectors>(keys_, block.q)}, rows(),
+                                              a_.scale < 0.0f ? -1.0f : 1.0f, scores_, kQueries);
+        const Product by_queries = scores<vectors>(keys_, block.t_q);
+        const Product by_keys = scores<vectors>(t_keys_, block.q);
         if (a_.t_k && a_.t_q) {
-            scores<vectors, Into::kAdd>(t_keys_, block.q, a_.scale, t_scores_);
-        } else if (a_.t_k) {
-            scores<vectors, Into::kSet>(t_keys_, block.q, a_.scale, t_scores_);
+            multiply<kPairs, vectors, Into::kSet>({by_queries, by_keys}, rows(), a_.scale,
+                                                  t_scores_, kQueries);
+        } else if (moving) {
+            multiply<kPairs, vectors, Into::kSet>({a_.t_q ? by_queries : by_keys}, rows(), a_.scale,
+                                                  t_scores_, kQueries);
         }
         if (!a_.given) rescale<vectors>(scores_, tile_, scale, depths_.depth, first, block);
         if (moving) {
@@ -254,30 +259,37 @@ class Worker {
         } else {
             weigh<kPairs, vectors, false>(scores_, t_scores_, tile_, scale, block);
         }
-        if (!a_.given) sums<vectors>(values_, scores_, block.out, !first);
-        if (moving) sums<vectors>(values_, t_scores_, block.t_out, !first);
-        if (a_.t_v) sums<vectors>(t_values_, scores_, block.t_out, !first || moving);
+        const Product by_scores = sums<vectors>(values_, t_scores_);
+        const Product by_values = sums<vectors>(t_values_, scores_);
+        if (!a_.given) add<vectors>({sums<vectors>(values_, scores_)}, block.out, first);
+        if (moving && a_.t_v) {
+            add<vectors>({by_scores, by_values}, block.t_out, first);
+        } else if (block.t_out != nullptr) {
+            add<vectors>({moving ? by_scores : by_values}, block.t_out, first);
+        }
     }
 
-    template <int vectors, Into into>
-    void scores(const float* keys, const float* queries, float scale, float* to) {
+    int64_t rows() const { return round_up(tile_, kRegisterRows); }
+
+    template <int vectors>
+    Product scores(const float* keys, const float* queries) const {
         const int64_t length = words<T>(depths_.depth);
-        multiply<kPairs, vectors, into>({keys, length, 1}, round_up(tile_, kRegisterRows),
-                                        {queries, vectors * kRegister}, length, scale, to,
-                                        vectors * kRegister);
+        return {{keys, length, 1}, {queries, vectors * kRegister}, length};
     }
 
     template <int vectors>
-    void sums(const float* values, const float* weights, float* to, bool add) {
-        const Left left{values, 1, depths_.depth};
-        if (add) {
-            multiply<kPairs, vectors, Into::kAdd>(left, depths_.depth,
-                                                  {weights, vectors * kRegister}, sum_length_, 1.0f,
-                                                  to, vectors * kRegister);
+    Product sums(const float* values, const float* weights) const {
+        return {{values, 1, depths_.depth}, {weights, vectors * kRegister}, sum_length_};
+    }
+
+    template <int vectors, int terms>
+    void add(const Product (&products)[terms], float* to, bool first) const {
+        if (first) {
+            multiply<kPairs, vectors, Into::kSet>(products, depths_.depth, 1.0f, to,
+                                                  vectors * kRegister);
         } else {
-            multiply<kPairs, vectors, Into::kSet>(left, depths_.depth,
-                                                  {weights, vectors * kRegister}, sum_length_, 1.0f,
-                                                  to, vectors * kRegister);
+            multiply<kPairs, vectors, Into::kAdd>(products, depths_.depth, 1.0f, to,
+                                                  vectors * kRegister);
         }
     }
 

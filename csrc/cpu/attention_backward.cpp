@@ -159,15 +159,15 @@ class Worker {
     void add_tile(const Block& block, int64_t key) {
         constexpr int64_t kQueries = vectors * kRegister;
         const int64_t length = words<T>(depths_.depth);
-        multiply<kPairs, vectors, Into::kSet>({keys_, length, 1}, tile_rows_, {block.q, kQueries},
-                                              length, 1.0f, weights_, kQueries);
-        multiply<kPairs, vectors, Into::kSet>({values_, length, 1}, tile_rows_,
-                                              {block.dout, kQueries}, length, 1.0f, dscores_,
-                                              kQueries);
+        multiply<kPairs, vectors, Into::kSet>({{{keys_, length, 1}, {block.q, kQueries}, length}},
+                                              tile_rows_, 1.0f, weights_, kQueries);
+        multiply<kPairs, vectors, Into::kSet>(
+            {{{values_, length, 1}, {block.dout, kQueries}, length}}, tile_rows_, 1.0f, dscores_,
+            kQueries);
         weigh<vectors>(block);
-        multiply<kPairs, vectors, Into::kAdd>({key_sums_, 1, depths_.depth}, depths_.depth,
-                                              {dscores_, kQueries}, numbers(tile_), 1.0f, block.dq,
-                                              kQueries);
+        multiply<kPairs, vectors, Into::kAdd>(
+            {{{key_sums_, 1, depths_.depth}, {dscores_, kQueries}, numbers(tile_)}}, depths_.depth,
+            1.0f, block.dq, kQueries);
         add_rows(weight_rows_, block, block.dout_rows, dvalues_ + key * depths_.padded);
         add_rows(dscore_rows_, block, block.q_rows, dkeys_ + key * depths_.padded);
     }
@@ -182,8 +182,8 @@ class Worker {
             const int64_t first = part * all / parts, column = first * kRegister;
             with_vectors((part + 1) * all / parts - first, [&](auto vectors) {
                 multiply<kPairs, decltype(vectors)::value, Into::kAdd>(
-                    left, tile_rows_, {rows + column, depths_.padded}, numbers(block.count), 1.0f,
-                    to + column, depths_.padded);
+                    {{left, {rows + column, depths_.padded}, numbers(block.count)}}, tile_rows_,
+                    1.0f, to + column, depths_.padded);
             });
         }
     }

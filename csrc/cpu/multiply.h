@@ -59,51 +59,60 @@ struct Right {
     int64_t stride;
 };
 
-// out[row][:] = or += alpha sum_k left(row, k) right[k][:] for kRegisterRows rows and `vectors`
-// vectors of each; the sums over `count` numbers stay in registers.
-template <bool pairs, int vectors, Into into>
-void multiply_rows(Left left, Right right, int64_t count, float alpha, float* out,
+// sum_k left(row, k) right[k][:] over `count` numbers k.
+struct Product {
+    Left left;
+    Right right;
+    int64_t count;
+};
+
+// out[row][:] = or += alpha times the sum of the products, for kRegisterRows rows and `vectors`
+// vectors of each; the sums stay in registers, so that two products cost one pass through `out`.
+template <bool pairs, int vectors, Into into, int terms>
+void multiply_rows(const Product (&products)[terms], int64_t first, float alpha, float* out,
                    int64_t out_stride) {
     Register sums[kRegisterRows][vectors];
 #pragma GCC unroll 8
     for (int row = 0; row < kRegisterRows; ++row)
 #pragma GCC unroll 4
         for (int v = 0; v < vectors; ++v) sums[row][v] = Register{};
-    for (int64_t k = 0; k < count; ++k) {
-        Register rights[vectors];
-#pragma GCC unroll 4
-        for (int v = 0; v < vectors; ++v)
-            rights[v] = load_register(right.data + k * right.stride + v * kRegister);
-#pragma GCC unroll 8
-        for (int row = 0; row < kRegisterRows; ++row) {
-            // As an integer: a pair of bfloat16 must not be touched by float arithmetic.
-            int32_t word;
-            __builtin_memcpy(&word, left.data + row * left.row_stride + k * left.k_stride, 4);
-            const Register broadcast = Register(Lanes<int32_t>{} + word);
+    for (const Product& product : products) {
+        const Left left = product.left;
+        const Right right = product.right;
+        const float* lefts = left.data + first * left.row_stride;
+        for (int64_t k = 0; k < product.count; ++k) {
+            Register rights[vectors];
 #pragma GCC unroll 4
             for (int v = 0; v < vectors; ++v)
-                sums[row][v] = multiply_add<pairs>(sums[row][v], broadcast, rights[v]);
+                rights[v] = load_register(right.data + k * right.stride + v * kRegister);
+#pragma GCC unroll 8
+            for (int row = 0; row < kRegisterRows; ++row) {
+                // As an integer: a pair of bfloat16 must not be touched by float arithmetic.
+                int32_t word;
+                __builtin_memcpy(&word, lefts + row * left.row_stride + k * left.k_stride, 4);
+                const Register broadcast = Register(Lanes<int32_t>{} + word);
+#pragma GCC unroll 4
+                for (int v = 0; v < vectors; ++v)
+                    sums[row][v] = multiply_add<pairs>(sums[row][v], broadcast, rights[v]);
+            }
         }
     }
 #pragma GCC unroll 8
     for (int row = 0; row < kRegisterRows; ++row)
 #pragma GCC unroll 4
         for (int v = 0; v < vectors; ++v) {
-            float* p = out + row * out_stride + v * kRegister;
-            const Register product = alpha * sums[row][v];
-            store_register(p, into == Into::kAdd ? load_register(p) + product : product);
+            float* p = out + (first + row) * out_stride + v * kRegister;
+            const Register sum = alpha * sums[row][v];
+            store_register(p, into == Into::kAdd ? load_register(p) + sum : sum);
         }
 }
 
 // The same for `rows` rows, a multiple of kRegisterRows.
-template <bool pairs, int vectors, Into into>
-void multiply(Left left, int64_t rows, Right right, int64_t count, float alpha, float* out,
+template <bool pairs, int vectors, Into into, int terms>
+void multiply(const Product (&products)[terms], int64_t rows, float alpha, float* out,
               int64_t out_stride) {
-    for (int64_t row = 0; row < rows; row += kRegisterRows) {
-        const Left some = {left.data + row * left.row_stride, left.row_stride, left.k_stride};
-        multiply_rows<pairs, vectors, into>(some, right, count, alpha, out + row * out_stride,
-                                            out_stride);
-    }
+    for (int64_t row = 0; row < rows; row += kRegisterRows)
+        multiply_rows<pairs, vectors, into>(products, row, alpha, out, out_stride);
 }
 
 // Calls body with the number of vectors as a constant.
