@@ -1,5 +1,4 @@
-#include "attention.h"
-
+#include "attention_block.h"
 #include "kernel.h"
 
 namespace tim::cpu::TIM_ISA {
@@ -18,111 +17,6 @@ struct Arguments {
 
     bool scores_move() const { return bool(t_q) || bool(t_k); }
 };
-
-// What one block of queries carries from tile to tile, all transposed.
-struct Block {
-    int64_t first, count, vectors;
-    float *q, *t_q;      // [words of D][queries]
-    float *out, *t_out;  // [D][queries], sums that still lack the factor 1 / sum
-    float *lse,
-        *sum;      // largest score so far and sum of weights relative to it; given: lse and about 1
-    float* t_sum;  // sum of the tangents of the scores, weighted
-
-    int64_t queries() const { return vectors * kRegister; }
-};
-
-// Scores become weights, and tangents of scores the products with them, in place. Adds to the sums.
-// Of pairs, two rows become one.
-template <bool pairs, int vectors, bool moving>
-void weigh(float* scores, float* t_scores, int64_t keys, float scale, const Block& block) {
-    constexpr int kQueries = vectors * kRegister;
-    float sum[kQueries] = {}, t_sum[kQueries] = {};
-    const float* lse = block.lse;
-    if constexpr (pairs) {
-        float low[kQueries], high[kQueries], t_low[kQueries], t_high[kQueries];
-        for (int64_t key = 0; key < keys; key += 2) {
-            const float *first = scores + key * kQueries, *second = first + kQueries;
-            const float *t_first = t_scores + key * kQueries, *t_second = t_first + kQueries;
-            float *to = scores + key / 2 * kQueries, *t_to = t_scores + key / 2 * kQueries;
-            const bool last = key + 1 == keys;
-#pragma omp simd
-            for (int i = 0; i < kQueries; ++i) {
-                low[i] = math::attention_weight(first[i], scale, lse[i]);
-                high[i] = last ? 0.0f : math::attention_weight(second[i], scale, lse[i]);
-                sum[i] += low[i] + high[i];
-                if constexpr (moving) {
-                    t_low[i] = low[i] * t_first[i];
-                    t_high[i] = high[i] * t_second[i];
-                }
-            }
-            store_pairs<kQueries>(to, low, high);
-            if constexpr (!moving) continue;
-            store_pairs<kQueries>(t_to, t_low, t_high);
-            // Of the rounded numbers: the tangent is a difference of sums over them.
-#pragma omp simd
-            for (int i = 0; i < kQueries; ++i) t_sum[i] += low_of(t_to[i]) + high_of(t_to[i]);
-        }
-    } else {
-        for (int64_t key = 0; key < keys; ++key) {
-            float *row = scores + key * kQueries, *t_row = t_scores + key * kQueries;
-#pragma omp simd
-            for (int i = 0; i < kQueries; ++i) {
-                const float weight = math::attention_weight(row[i], scale, lse[i]);
-                sum[i] += weight;
-                row[i] = weight;
-                if constexpr (moving) {
-                    const float product = weight * t_row[i];
-                    t_sum[i] += product;
-                    t_row[i] = product;
-                }
-            }
-        }
-    }
-#pragma omp simd
-    for (int i = 0; i < kQueries; ++i) {
-        block.sum[i] += sum[i];
-        block.t_sum[i] += t_sum[i];
-    }
-}
-
-// Lifts block.lse to the maximum that includes this tile, and scales what was summed before.
-template <int vectors>
-void rescale(const float* scores, int64_t keys, float scale, int64_t depth, bool first,
-             const Block& block) {
-    constexpr int kQueries = vectors * kRegister;
-    float top[kQueries], factor[kQueries];
-#pragma omp simd
-    for (int i = 0; i < kQueries; ++i) top[i] = -INFINITY;
-    for (int64_t key = 0; key < keys; ++key) {
-        const float* row = scores + key * kQueries;
-#pragma omp simd
-        for (int i = 0; i < kQueries; ++i) top[i] = row[i] > top[i] ? row[i] : top[i];
-    }
-    bool changed = false;
-    for (int i = 0; i < kQueries; ++i) {
-        top[i] *= scale;
-        top[i] = top[i] > block.lse[i] ? top[i] : block.lse[i];
-        changed = changed || top[i] != block.lse[i];
-    }
-    if (!changed) return;
-#pragma omp simd
-    for (int i = 0; i < kQueries; ++i) {
-        factor[i] = math::attention_weight(block.lse[i], 1.0f, top[i]);
-        block.lse[i] = top[i];
-        block.sum[i] *= factor[i];
-        block.t_sum[i] *= factor[i];
-    }
-    if (first) return;
-    float* const outputs[] = {block.out, block.t_out};
-    for (float* sums : outputs) {
-        if (sums == nullptr) continue;
-        for (int64_t d = 0; d < depth; ++d) {
-            float* row = sums + d * kQueries;
-#pragma omp simd
-            for (int i = 0; i < kQueries; ++i) row[i] *= factor[i];
-        }
-    }
-}
 
 // One thread's memory and loops.
 template <class T>

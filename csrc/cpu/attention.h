@@ -8,6 +8,7 @@
 
 #include "../math/attention.h"
 #include "multiply.h"
+#include "vector.h"
 
 namespace tim::cpu::TIM_ISA {
 namespace {
@@ -193,35 +194,26 @@ void pack_transposed(const T* x, int64_t stride, int64_t count, int64_t vectors,
     transpose(staging, width, queries, width, to, queries);
 }
 
-// to[i] = (low[i], high[i]) for `count` lanes, each number rounded to nearest.
-template <int count>
-void store_pairs(float* to, const float* low, const float* high) {
-    for (int i = 0; i < count; i += kRegister) {
-        const Register a = load_register(low + i), b = load_register(high + i);
+inline Vector both(Register x) { return {x, x}; }
+
+// Words (x.low, x.high), each number rounded to nearest.
+inline Register paired(Vector x) {
 #ifdef __AVX512BF16__
-        store_register(to + i, rounded_normal_halves(a, b));
+    return rounded_normal_halves(x.low, x.high);
 #else
-        store_register(to + i, rounded_halves(a, b));
+    return rounded_halves(x.low, x.high);
 #endif
-    }
 }
 
 // to[i] = x[i] rounded to nearest.
-template <int count>
-void store_row(BFloat16* to, const float* x) {
+inline void store_row(BFloat16* to, Register x) {
 #ifdef __AVX512BF16__
-    for (int i = 0; i < count; i += kRegister) {
-        const __m256bh row = _mm512_cvtneps_pbh(__m512(load_register(x + i)));
-        __builtin_memcpy(to + i, &row, sizeof(row));
-    }
+    const __m256bh row = _mm512_cvtneps_pbh(__m512(x));
+    __builtin_memcpy(to, &row, sizeof(row));
 #else
-    for (int i = 0; i < count; ++i) store(to + i, x[i]);
+    for (int i = 0; i < kRegister; ++i) store(to + i, x[i]);
 #endif
 }
-
-// The numbers of a word that holds a pair.
-inline float low_of(float word) { return math::from_bits(math::to_bits(word) << 16); }
-inline float high_of(float word) { return math::from_bits(math::to_bits(word) & 0xffff0000u); }
 
 }  // namespace
 }  // namespace tim::cpu::TIM_ISA

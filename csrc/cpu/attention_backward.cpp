@@ -189,40 +189,34 @@ class Worker {
     }
 
     // Scores become weights and gradients of weights those of scores. Pairs of keys are for the sum
-    // over keys, rows of queries for the sums over queries.
+    // over keys, rows of queries for the sums over queries. Two keys at a time, the second beyond
+    // the last one with a weight of zero.
     template <int vectors>
     void weigh(const Block& block) {
         constexpr int kQueries = vectors * kRegister;
-        const float *lse = block.lse, *delta = block.delta;
-        const float scale = g_.scale;
-        if constexpr (kPairs) {
-            float weights[2 * kQueries], dscores[2 * kQueries];
+        for (int v = 0; v < vectors; ++v) {
+            const int lane = v * kRegister;
+            const Vector lse = both(load_register(block.lse + lane));
+            const Vector delta = both(load_register(block.delta + lane));
             for (int64_t key = 0; key < tile_; key += 2) {
-                for (int64_t i = 0; i < 2; ++i) {
-                    const float* score = weights_ + (key + i) * kQueries;
-                    const float* dweight = dscores_ + (key + i) * kQueries;
-                    const float valid = key + i < tile_ ? 1.0f : 0.0f;
-                    float *weight = weights + i * kQueries, *dscore = dscores + i * kQueries;
-#pragma omp simd
-                    for (int lane = 0; lane < kQueries; ++lane) {
-                        const float w = math::attention_weight(score[lane], scale, lse[lane]);
-                        weight[lane] = valid == 0.0f ? 0.0f : w;
-                        dscore[lane] = math::attention_score_gradient(weight[lane], dweight[lane],
-                                                                      delta[lane]);
-                    }
-                    store_row<kQueries>(row_of_pairs(weight_rows_, key + i, kQueries), weight);
-                    store_row<kQueries>(row_of_pairs(dscore_rows_, key + i, kQueries), dscore);
-                }
-                store_pairs<kQueries>(dscores_ + key / 2 * kQueries, dscores, dscores + kQueries);
-            }
-        } else {
-            for (int64_t key = 0; key < tile_; ++key) {
-                float *score = weights_ + key * kQueries, *dweight = dscores_ + key * kQueries;
-#pragma omp simd
-                for (int lane = 0; lane < kQueries; ++lane) {
-                    score[lane] = math::attention_weight(score[lane], scale, lse[lane]);
-                    dweight[lane] =
-                        math::attention_score_gradient(score[lane], dweight[lane], delta[lane]);
+                float *score = weights_ + key * kQueries + lane, *next = score + kQueries;
+                float *dweight = dscores_ + key * kQueries + lane, *dnext = dweight + kQueries;
+                Vector weight = math::attention_weight(
+                    Vector(load_register(score), load_register(next)), g_.scale, lse);
+                if (key + 1 == tile_) weight.high = Register{};
+                const Vector dscore = math::attention_score_gradient(
+                    weight, Vector(load_register(dweight), load_register(dnext)), delta);
+                if constexpr (kPairs) {
+                    store_row(row_of_pairs(weight_rows_, key, kQueries) + lane, weight.low);
+                    store_row(row_of_pairs(weight_rows_, key + 1, kQueries) + lane, weight.high);
+                    store_row(row_of_pairs(dscore_rows_, key, kQueries) + lane, dscore.low);
+                    store_row(row_of_pairs(dscore_rows_, key + 1, kQueries) + lane, dscore.high);
+                    store_register(dscores_ + key / 2 * kQueries + lane, paired(dscore));
+                } else {
+                    store_register(score, weight.low);
+                    store_register(next, weight.high);
+                    store_register(dweight, dscore.low);
+                    store_register(dnext, dscore.high);
                 }
             }
         }

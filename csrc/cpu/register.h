@@ -147,6 +147,10 @@ inline Register at_least(Register x, float low) {
 inline Register at_most(Register x, float high) {
     return Register(_mm512_min_ps(__m512(broadcast(high)), __m512(x)));
 }
+// a where it is larger, b elsewhere: also where a is NaN.
+inline Register larger(Register a, Register b) {
+    return Register(_mm512_max_ps(__m512(a), __m512(b)));
+}
 inline Register root(Register x) { return Register(_mm512_sqrt_ps(__m512(x))); }
 inline float total(Register x) { return _mm512_reduce_add_ps(__m512(x)); }
 inline Register fused(Register a, Register b, Register c) {
@@ -187,6 +191,7 @@ inline Register rounded_halves(Register even, Register odd) {
 
 inline Register at_least(Register x, float low) { return x < low ? broadcast(low) : x; }
 inline Register at_most(Register x, float high) { return x > high ? broadcast(high) : x; }
+inline Register larger(Register a, Register b) { return a > b ? a : b; }
 inline Register root(Register x) {
 #pragma omp simd
     for (int i = 0; i < kRegister; ++i) x[i] = sqrtf(x[i]);
