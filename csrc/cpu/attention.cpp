@@ -41,6 +41,7 @@ class Worker {
             block.out = a_.given ? nullptr : take(kBlockQueries * depths_.padded);
             block.t_out = a_.t_out ? take(kBlockQueries * depths_.padded) : nullptr;
             block.lse = take(kBlockQueries);
+            block.keep = take(kBlockQueries);
             block.sum = take(kBlockQueries);
             block.t_sum = take(kBlockQueries);
         }
@@ -50,7 +51,7 @@ class Worker {
     static int64_t memory(const Shape& shape) {
         const int64_t padded = Depths(shape.head_dim).padded;
         return 4 * kTileKeys * padded + 2 * kTileKeys * kBlockQueries +
-               (2 + 4 * kBlocks) * kBlockQueries * padded + 3 * kBlocks * kBlockQueries;
+               (2 + 4 * kBlocks) * kBlockQueries * padded + 4 * kBlocks * kBlockQueries;
     }
 
     void run(const Task& task) {
@@ -98,6 +99,7 @@ class Worker {
             for (int64_t lane = 0; lane < block.queries(); ++lane) {
                 block.sum[lane] = block.t_sum[lane] = 0.0f;
                 block.lse[lane] = -INFINITY;
+                block.keep[lane] = 1.0f;
                 if (a_.given)
                     block.lse[lane] = lane < block.count
                                           ? a_.lse[row_of_lse(task_.row + block.first + lane)]
@@ -147,7 +149,7 @@ class Worker {
             multiply<kPairs, vectors, Into::kSet>({a_.t_q ? by_queries : by_keys}, rows(), a_.scale,
                                                   t_scores_, kQueries);
         }
-        if (!a_.given) rescale<vectors>(scores_, tile_, scale, depths_.depth, first, block);
+        if (!a_.given) lift<vectors>(scores_, tile_, scale, block);
         if (moving) {
             weigh<kPairs, vectors, true>(scores_, t_scores_, tile_, scale, block);
         } else {
@@ -155,11 +157,11 @@ class Worker {
         }
         const Product by_scores = sums<vectors>(values_, t_scores_);
         const Product by_values = sums<vectors>(t_values_, scores_);
-        if (!a_.given) add<vectors>({sums<vectors>(values_, scores_)}, block.out, first);
+        if (!a_.given) add<vectors>({sums<vectors>(values_, scores_)}, block, block.out, first);
         if (moving && a_.t_v) {
-            add<vectors>({by_scores, by_values}, block.t_out, first);
+            add<vectors>({by_scores, by_values}, block, block.t_out, first);
         } else if (block.t_out != nullptr) {
-            add<vectors>({moving ? by_scores : by_values}, block.t_out, first);
+            add<vectors>({moving ? by_scores : by_values}, block, block.t_out, first);
         }
     }
 
@@ -177,13 +179,13 @@ class Worker {
     }
 
     template <int vectors, int terms>
-    void add(const Product (&products)[terms], float* to, bool first) const {
+    void add(const Product (&products)[terms], const Block& block, float* to, bool first) const {
+        constexpr int64_t kQueries = vectors * kRegister;
         if (first) {
-            multiply<kPairs, vectors, Into::kSet>(products, depths_.depth, 1.0f, to,
-                                                  vectors * kRegister);
+            multiply<kPairs, vectors, Into::kSet>(products, depths_.depth, 1.0f, to, kQueries);
         } else {
-            multiply<kPairs, vectors, Into::kAdd>(products, depths_.depth, 1.0f, to,
-                                                  vectors * kRegister);
+            multiply<kPairs, vectors, Into::kKeep>(products, depths_.depth, 1.0f, to, kQueries,
+                                                   block.keep);
         }
     }
 
@@ -199,25 +201,24 @@ class Worker {
             // one: by more than anything else if it is large.
             const float factor = 1.0f / block.sum[lane];
             const float t_lse = block.t_sum[lane] * factor;
-            T* out = a_.out + row_of_out(row);
-            float* sums = staging_ + lane * depths_.padded;
-            if (a_.given) {
-#pragma omp simd
-                for (int64_t d = 0; d < depths_.head_dim; ++d) sums[d] = load(out + d);
-            } else {
-                a_.lse[row_of_lse(row)] = block.lse[lane] + logf(block.sum[lane]);
-#pragma omp simd
-                for (int64_t d = 0; d < depths_.head_dim; ++d) {
-                    sums[d] *= factor;
-                    store(out + d, sums[d]);
-                }
-            }
-            if (block.t_out == nullptr) continue;
+            const int64_t place = row_of_out(row);
+            const float* sums = staging_ + lane * depths_.padded;
             const float* t_sums = t_staging_ + lane * depths_.padded;
-            T* t_out = a_.t_out + row_of_out(row);
-#pragma omp simd
-            for (int64_t d = 0; d < depths_.head_dim; ++d)
-                store(t_out + d, math::attention_tangent(factor * t_sums[d], t_lse, sums[d]));
+            if (!a_.given) a_.lse[row_of_lse(row)] = block.lse[lane] + logf(block.sum[lane]);
+            sweep(depths_.head_dim, [&](int64_t d, auto extent) {
+                Vector value;
+                if (a_.given) {
+                    value = load(a_.out + place + d, extent);
+                } else {
+                    value = factor * load_as<T>(sums + d, extent);
+                    store(a_.out + place + d, value, extent);
+                }
+                if (block.t_out == nullptr) return;
+                const Vector t_sum = factor * load_as<T>(t_sums + d, extent);
+                store(a_.t_out + place + d, math::attention_tangent(t_sum, Vector(t_lse), value),
+                      extent);
+            });
+            if (block.t_out == nullptr) continue;
             if (a_.t_lse != nullptr) a_.t_lse[row_of_lse(row)] = t_lse;
         }
     }

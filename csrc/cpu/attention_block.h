@@ -12,6 +12,7 @@ struct Block {
     float *q, *t_q;      // [words of D][queries]
     float *out, *t_out;  // [D][queries], sums that still lack the factor 1 / sum
     float* lse;          // largest score so far, or lse where it is given
+    float* keep;         // what the latest tile leaves of the sums before it
     float* sum;          // of the weights relative to it
     float* t_sum;        // of the tangents of the scores, weighted
 
@@ -61,40 +62,37 @@ void weigh(float* scores, float* t_scores, int64_t keys, float scale, const Bloc
     }
 }
 
-// Lifts block.lse to the maximum that includes this tile, and scales what was summed before.
-// The largest weight is then one, which bfloat16 holds exactly.
+// Lifts block.lse to the maximum that includes this tile: the largest weight is then one, which
+// bfloat16 holds exactly. The outputs are scaled as the tile's products are added to them.
 template <int vectors>
-void rescale(const float* scores, int64_t keys, float scale, int64_t depth, bool first,
-             const Block& block) {
+void lift(const float* scores, int64_t keys, float scale, const Block& block) {
     constexpr int kQueries = vectors * kRegister;
     Register top[vectors];
     for (Register& lanes : top) lanes = broadcast(-INFINITY);
     for (int64_t key = 0; key < keys; ++key)
         for (int v = 0; v < vectors; ++v)
             top[v] = larger(load_register(scores + key * kQueries + v * kRegister), top[v]);
-    float tops[kQueries], factor[kQueries];
+    float tops[kQueries];
     for (int v = 0; v < vectors; ++v) store_register(tops + v * kRegister, scale * top[v]);
-    int exceeded = 0;
-#pragma omp simd reduction(| : exceeded)
-    for (int i = 0; i < kQueries; ++i) exceeded |= tops[i] > block.lse[i];
-    if (!exceeded) return;
 #pragma omp simd
     for (int i = 0; i < kQueries; ++i) {
-        const float lse = tops[i] > block.lse[i] ? tops[i] : block.lse[i];
-        factor[i] = math::attention_weight(block.lse[i], 1.0f, lse);
+        const bool exceeded = tops[i] > block.lse[i];
+        const float lse = exceeded ? tops[i] : block.lse[i];
+        const float keep = math::attention_weight(block.lse[i], 1.0f, lse);
+        block.keep[i] = exceeded ? keep : 1.0f;
         block.lse[i] = lse;
-        block.sum[i] *= factor[i];
-        block.t_sum[i] *= factor[i];
+        block.sum[i] *= block.keep[i];
+        block.t_sum[i] *= block.keep[i];
     }
-    if (first) return;
-    float* const outputs[] = {block.out, block.t_out};
-    for (float* sums : outputs) {
-        if (sums == nullptr) continue;
-        for (int64_t d = 0; d < depth; ++d) {
-            float* row = sums + d * kQueries;
-#pragma omp simd
-            for (int i = 0; i < kQueries; ++i) row[i] *= factor[i];
-        }
+}
+
+// What one loads of a row of sums, in the order of T's vectors.
+template <class T, class Extent>
+Vector load_as(const float* sums, Extent extent) {
+    if constexpr (std::is_same_v<T, float>) {
+        return load(sums, extent);
+    } else {
+        return load_split(sums, extent);
     }
 }
 

@@ -45,7 +45,8 @@ Register multiply_add(Register sum, Register broadcast, Register row) {
     return sum + broadcast * row;
 }
 
-enum class Into { kSet, kAdd };
+// out = alpha * sum, out += alpha * sum, out = keep * out + sum.
+enum class Into { kSet, kAdd, kKeep };
 
 // An operand whose element (row, k) is at row * row_stride + k * k_stride.
 struct Left {
@@ -66,11 +67,12 @@ struct Product {
     int64_t count;
 };
 
-// out[row][:] = or += alpha times the sum of the products, for kRegisterRows rows and `vectors`
-// vectors of each; the sums stay in registers, so that two products cost one pass through `out`.
+// Puts or adds the sum of the products into kRegisterRows rows of `out` and `vectors` vectors of
+// each; `keep` are as many vectors. The sums stay in registers, so that two products cost one pass
+// through `out`.
 template <bool pairs, int vectors, Into into, int terms>
 void multiply_rows(const Product (&products)[terms], int64_t first, float alpha, float* out,
-                   int64_t out_stride) {
+                   int64_t out_stride, const float* keep) {
     Register sums[kRegisterRows][vectors];
 #pragma GCC unroll 8
     for (int row = 0; row < kRegisterRows; ++row)
@@ -102,17 +104,23 @@ void multiply_rows(const Product (&products)[terms], int64_t first, float alpha,
 #pragma GCC unroll 4
         for (int v = 0; v < vectors; ++v) {
             float* p = out + (first + row) * out_stride + v * kRegister;
-            const Register sum = alpha * sums[row][v];
-            store_register(p, into == Into::kAdd ? load_register(p) + sum : sum);
+            const Register sum = sums[row][v];
+            if constexpr (into == Into::kKeep) {
+                store_register(p, load_register(keep + v * kRegister) * load_register(p) + sum);
+            } else if constexpr (into == Into::kAdd) {
+                store_register(p, alpha * sum + load_register(p));
+            } else {
+                store_register(p, alpha * sum);
+            }
         }
 }
 
 // The same for `rows` rows, a multiple of kRegisterRows.
 template <bool pairs, int vectors, Into into, int terms>
 void multiply(const Product (&products)[terms], int64_t rows, float alpha, float* out,
-              int64_t out_stride) {
+              int64_t out_stride, const float* keep = nullptr) {
     for (int64_t row = 0; row < rows; row += kRegisterRows)
-        multiply_rows<pairs, vectors, into>(products, row, alpha, out, out_stride);
+        multiply_rows<pairs, vectors, into>(products, row, alpha, out, out_stride, keep);
 }
 
 // Calls body with the number of vectors as a constant.
