@@ -189,6 +189,10 @@ inline void define_kernels(py::module_ m, const Kernels& k) {
            "q k v t_q? t_k? t_v? cu_seqlens_q? cu_seqlens_k? out lse t_out t_lse? "
            "q_strides k_strides v_strides t_q_strides t_k_strides t_v_strides "
            "batch# n# m# heads# head_dim# sequences max_n max_m scale dtype where");
+    define(m, "attention_dual_hopper", k.attention_dual_hopper,
+           "q k v t_q? t_k? t_v? cu_seqlens_q? cu_seqlens_k? out lse t_out t_lse? "
+           "q_strides k_strides v_strides t_q_strides t_k_strides t_v_strides "
+           "batch# n# m# heads# head_dim# sequences max_n max_m scale dtype where");
     define(
         m, "transition_loss", k.transition_loss,
         "F x z d? d_minus? cond? null? coefficients epsilon time_weight first target loss "

@@ -132,6 +132,15 @@ struct Kernels {
                            int64_t batch, int64_t n, int64_t m, int64_t heads, int64_t head_dim,
                            int64_t sequences, int64_t max_n, int64_t max_m, double scale, int dtype,
                            int64_t where);
+    // The same for GPUs of compute capability 9.0, as above.
+    void (*attention_dual_hopper)(const void* q, const void* k, const void* v, const void* t_q,
+                                  const void* t_k, const void* t_v, const int32_t* cu_seqlens_q,
+                                  const int32_t* cu_seqlens_k, void* out, float* lse, void* t_out,
+                                  float* t_lse, Strides q_strides, Strides k_strides,
+                                  Strides v_strides, Strides t_q_strides, Strides t_k_strides,
+                                  Strides t_v_strides, int64_t batch, int64_t n, int64_t m,
+                                  int64_t heads, int64_t head_dim, int64_t sequences, int64_t max_n,
+                                  int64_t max_m, double scale, int dtype, int64_t where);
 
     // The positions of a sample are cut into parts for a GPU of which samples alone would fill too
     // little; sums [batch, parts, 2] is scratch memory for several. A CPU needs neither.

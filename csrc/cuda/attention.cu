@@ -28,6 +28,7 @@ void add_attention_hopper(Kernels&);
 void add_attention_tangent(Kernels&);
 void add_attention_tangent_hopper(Kernels&);
 void add_attention_dual(Kernels&);
+void add_attention_dual_hopper(Kernels&);
 void add_attention_backward(Kernels&);
 
 void add_attention(Kernels& kernels) {
@@ -36,6 +37,7 @@ void add_attention(Kernels& kernels) {
     add_attention_tangent(kernels);
     add_attention_tangent_hopper(kernels);
     add_attention_dual(kernels);
+    add_attention_dual_hopper(kernels);
     add_attention_backward(kernels);
 }
 

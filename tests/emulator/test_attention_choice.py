@@ -68,7 +68,7 @@ def test_versions_for_hopper_run_where_they_are_chosen(choice) -> None:
 
 @pytest.mark.parametrize("choice", ["on", "off"])
 def test_packed_sequences_keep_the_fused_pass(choice) -> None:
-    """No version for Hopper takes them."""
+    """No version for Hopper takes them: it hands them on."""
     qkv, tangents = operands(64, batch=1)
     rows = torch.tensor([0, 9, 20]), torch.tensor([0, 30, 33])
     packed = functools.partial(ops.attention, cu_seqlens_q=rows[0], cu_seqlens_k=rows[1])
@@ -76,7 +76,25 @@ def test_packed_sequences_keep_the_fused_pass(choice) -> None:
     with emulated() as emulator, hopper(choice):
         emulator.set_device(capability=90, shared_bytes=227 * 1024)
         derivatives(functools.partial(packed, backend="kernel"), qkv, tangents)
-    assert launched == ["attention_dual", "attention_backward"]
+    dual = "attention_dual" + ("_hopper" if choice == "on" else "")
+    assert launched == [dual, "attention_backward"]
+
+
+@pytest.mark.parametrize("head_dim", [72, 96])
+def test_one_pass_on_hopper_for_narrow_heads(head_dim) -> None:
+    qkv, tangents = operands(head_dim)
+    launched.clear()
+    with emulated() as emulator, hopper("on"):
+        emulator.set_device(capability=90, shared_bytes=227 * 1024)
+        actual = derivatives(lambda *x: ops.attention(*x, backend="kernel"), qkv, tangents)
+    passes = ["attention_hopper", "attention_tangent_hopper"]
+    passes = ["attention_dual_hopper"] if head_dim == 72 else passes
+    assert launched == [*passes, "attention_backward"]
+    wide = [tuple(x.double() for x in some) for some in (qkv, tangents)]
+    exact = derivatives(ops.attention_reference, *wide)
+    yardstick = derivatives(ops.attention_reference, qkv, tangents)
+    for i, values in enumerate(zip(actual, exact, yardstick, strict=True)):
+        assert_close(*values, 2 if i == 0 else 3, f"result {i}")
 
 
 def test_an_unknown_choice_is_refused() -> None:

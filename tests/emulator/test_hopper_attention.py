@@ -17,7 +17,11 @@ from attention_cases import (
     run,
 )
 
+from tim.ops._attention_hopper import DUAL_WIDTHS
+
 FORWARD, TANGENT = "attention_hopper", "attention_tangent_hopper"
+DUAL = "attention_dual_hopper"
+NAMES = {FORWARD: "forward_hopper", TANGENT: "tangent_hopper", DUAL: "dual_hopper"}
 BFLOAT16 = torch.bfloat16
 #: Multiprocessors do not matter: a block always has 128 queries.
 H100 = {"capability": 90, "multiprocessors": 132, "shared_bytes": 227 * 1024}
@@ -39,7 +43,7 @@ on_both = pytest.mark.parametrize(
     ],
 )
 each_width = pytest.mark.parametrize("head_dim", HEAD_DIMS)
-each_kernel = pytest.mark.parametrize("kernel", [FORWARD, TANGENT])
+each_kernel = pytest.mark.parametrize("kernel", [FORWARD, TANGENT, DUAL])
 
 
 @on_both
@@ -62,8 +66,9 @@ def test_samples_heads_and_all_stages(kernel, head_dim, machine) -> None:
 @on_both
 @pytest.mark.parametrize("subset", SUBSETS, ids=str)
 @each_width
-def test_subsets_of_tangents(head_dim, subset, machine) -> None:
-    check(machine, TANGENT, make_case(head_dim, BFLOAT16, 17, 100, subset=subset))
+@pytest.mark.parametrize("kernel", [TANGENT, DUAL])
+def test_subsets_of_tangents(kernel, head_dim, subset, machine) -> None:
+    check(machine, kernel, make_case(head_dim, BFLOAT16, 17, 100, subset=subset))
 
 
 @on_both
@@ -111,7 +116,7 @@ def test_columns_behind_the_head_do_not_matter(kernel, machine) -> None:
 
 @each_kernel
 def test_the_order_of_threads_does_not_matter(kernel) -> None:
-    case = make_case(96, BFLOAT16, 130, 400)
+    case = make_case(72 if kernel == DUAL else 96, BFLOAT16, 130, 400)
     results = [run(Emulator(**H100, order=order), kernel, case) for order in (0, 1, 2, 3)]
     for result in results[1:]:
         assert all(torch.equal(result[key], results[0][key]) for key in result)
@@ -132,12 +137,13 @@ def test_the_order_of_threads_does_not_matter(kernel) -> None:
 @each_kernel
 def test_others_run_the_kernel_for_all_gpus(kernel, head_dim, options, properties) -> None:
     if properties["shared_bytes"] is None:  # less than two stages take
-        properties = properties | {"shared_bytes": (60 if kernel == TANGENT else 33) * 1024}
-    here = launches(kernel, head_dim, 256, **H100)
-    assert [launch.kernel.split("<")[0] for launch in here] == [
-        "tangent_hopper" if kernel == TANGENT else "forward_hopper"
-    ]
-    assert here[0].blocks == 16 * 2
+        properties = properties | {"shared_bytes": (33 if kernel == FORWARD else 60) * 1024}
+    if kernel != DUAL or head_dim in DUAL_WIDTHS:
+        (here,) = launches(kernel, head_dim, 256, **H100)
+        assert here.kernel.split("<")[0] == NAMES[kernel]
+        assert here.blocks == 16 * 2
+    else:
+        options, properties = {}, H100
     there = launches(kernel, head_dim, 256, **options, **properties)
     expected = launches(kernel.removesuffix("_hopper"), head_dim, 256, **options, **properties)
     assert there == expected
@@ -148,8 +154,9 @@ def test_others_run_the_kernel_for_all_gpus(kernel, head_dim, options, propertie
 def test_every_size_can_be_launched(kernel, head_dim) -> None:
     for n in (1, 64, 129, 4096, 65536):
         for batch in (1, 700):
-            (launch,) = launches(kernel, head_dim, n, batch=batch, heads=100, **H100)
-            assert launch.blocks == 100 * batch * -(-n // 128)
+            found = launches(kernel, head_dim, n, batch=batch, heads=100, **H100)
+            if kernel != DUAL or head_dim in DUAL_WIDTHS:
+                assert [launch.blocks for launch in found] == [100 * batch * -(-n // 128)]
     # More than a grid has, which the other kernels refuse.
     with pytest.raises(RuntimeError, match=r"attention.*\(CUDA error 9\)"):
         launches(kernel, head_dim, 1 << 30, batch=4, heads=256, **H100)

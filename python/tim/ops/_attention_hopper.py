@@ -22,7 +22,11 @@ from tim.ops._table import has_kernel
 VERSIONS = {
     "attention": "attention_hopper",
     "attention_tangent": "attention_tangent_hopper",
+    "attention_dual": "attention_dual_hopper",
 }
+#: Head dimensions for which the version of attention_dual has registers enough. For others it calls
+#: the kernel for all GPUs, and the forward pass and the tangent one after the other may be better.
+DUAL_WIDTHS = (64, 72)
 #: Kernels whose version for Hopper was measured to be faster. No GPU has run them yet.
 FASTER: tuple[str, ...] = ()
 CHOICES = ("auto", "on", "off")

@@ -10,7 +10,7 @@ from torch import Tensor
 from tim.ops import _attention_forward as forward
 from tim.ops import _dispatch as dispatch
 from tim.ops import pairs
-from tim.ops._attention_hopper import VERSIONS, version_of
+from tim.ops._attention_hopper import DUAL_WIDTHS, VERSIONS, version_of
 
 
 def first_rows(name: str, cu_seqlens: Tensor, rows: int, longest: int) -> list[int]:
@@ -103,8 +103,13 @@ def _tangent(
     tangents = tuple(map(_operand, (t_q, t_k, t_v)))
     first = q.shape[0] - pairs.count(tangents)
     fused = source == "kernel" and dispatch.has_kernel("attention_dual", q.device.type)
-    # Hopper's versions have no fused pass, but hand packed sequences on to the kernels that have.
-    if cu_seqlens_q is None and version_of("attention_tangent", q.device.type) in VERSIONS.values():
+    # Hopper's fused pass takes narrow heads only. Its versions hand packed sequences on to the
+    # kernels for all GPUs, which have one.
+    hopper = [
+        version_of(name, q.device.type) in VERSIONS.values()
+        for name in ("attention_tangent", "attention_dual")
+    ]
+    if cu_seqlens_q is None and hopper[0] and not (hopper[1] and q.shape[-1] in DUAL_WIDTHS):
         fused = False
     if not fused:
         out, lse = _forward(q, k, v, *packing, scale, source)
