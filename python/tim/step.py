@@ -144,8 +144,7 @@ class TrainingStep:
         with self._phase(PHASES[2]):
             gradients = [p.grad for p in self.parameters if p.grad is not None]
             norm = self.spread.total_norm(gradients)
-            means = torch.stack(parts).mean(0) if len(parts) > 1 else parts[0]
-            values = torch.cat([self.spread.mean(means), norm.view(1)])
+            values = self._values(parts, norm)
             # Infinity times zero is not zero.
             skip = (values * 0).sum().ne_(0).float()
             clip = self.config.train.clip_norm
@@ -159,6 +158,13 @@ class TrainingStep:
         with self._phase(PHASES[4]):
             self.ema.update(self.model, self.ema_weight, skip)
         return values
+
+    def _values(self, parts: list[tuple[Tensor, ...]], norm: Tensor) -> Tensor:
+        """`VALUES`: means over parts and ranks of what `_backward` returned, and the norm."""
+        if len(parts) == 1 and self.spread.world.size == 1:
+            return torch.stack([*parts[0], norm])
+        means = torch.stack([torch.stack(part) for part in parts]).mean(0)
+        return torch.cat([self.spread.mean(means), norm.view(1)])
 
     def _draw(self, piece: Batch, step: int, part: int) -> Inputs:
         # All draws of this part follow from this seed.
@@ -215,7 +221,7 @@ class TrainingStep:
         # A copy from pageable memory waits for all that the device has still to do.
         return tensor.pin_memory().to(self.device, non_blocking=True)
 
-    def _backward(self, inputs: Inputs) -> Tensor:
+    def _backward(self, inputs: Inputs) -> tuple[Tensor, ...]:
         """Add the gradient of one part; returns its loss, denoising error and projection loss."""
         config = self.config
         bf16 = config.train.precision == "bf16"
@@ -243,7 +249,7 @@ class TrainingStep:
                 total = total + config.objective.projection_weight * out.projection
         with self._phase(PHASES[1]):
             total.backward(torch.full_like(total, 1 / config.train.accumulate))
-        return torch.stack([total, out.denoising.mean(), out.projection]).detach()
+        return total.detach(), out.denoising.mean().detach(), out.projection.detach()
 
     @contextmanager
     def _phase(self, name: str) -> Iterator[None]:

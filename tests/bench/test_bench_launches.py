@@ -64,6 +64,16 @@ def test_the_gpu_sources_launch_as_often(name) -> None:
     assert source.count("launch(call") == KERNELS[name]
 
 
+@pytest.mark.parametrize(("batch", "launched"), [(2, 2), (128, 1)])
+def test_losses_of_few_samples_are_two_kernels(batch, launched) -> None:
+    x = torch.randn(batch, 1, 16, 16)
+    coefficients, time_weight = torch.rand(batch, 5), torch.ones(batch)
+    counted = launches(
+        lambda: ops.transition_loss(x, x, x, coefficients, time_weight=time_weight).loss
+    )
+    assert counted["tim::transition_loss"] == launched
+
+
 def test_lists_are_cut_as_pytorch_cuts_them() -> None:
     def tensors(count: int, elements: int) -> list[torch.Tensor]:
         return [torch.empty(elements, device="meta") for _ in range(count)]

@@ -199,7 +199,7 @@ def test_adaln_refuses_chunks_without_tokens(chunks, monkeypatch) -> None:
 @pytest.mark.parametrize("name", ["transition_loss", "transition_loss_difference"])
 @pytest.mark.parametrize("parts", [1, 3, 40])
 def test_transition_loss_adds_any_number_of_parts(name, parts, monkeypatch) -> None:
-    monkeypatch.setattr(TRANSITION_LOSS, "_parts", lambda batch, positions: parts)
+    monkeypatch.setattr(TRANSITION_LOSS, "parts", lambda batch, positions: parts)
     for dtype in DTYPES:
         for shape in ((6, 7), (4, 96)):  # parts of one position, of none whole packs, of several
             run(on_emulator(name), "forward", (2, 5, *shape, 1), dtype)

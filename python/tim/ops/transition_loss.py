@@ -215,7 +215,7 @@ def _geometry(F: Tensor) -> tuple[int, int, int]:
     return batch, channels, height * width
 
 
-def _parts(batch: int, positions: int) -> int:
+def parts(batch: int, positions: int) -> int:
     """How many blocks of a GPU share a sample, by the shape alone.
 
     So every GPU adds in the same order. 128 samples and more take one block each.
@@ -241,12 +241,12 @@ def _forward(
     if F.numel():
         outputs = (target, loss, denoising, weight)
         batch, _, positions = _geometry(F)
-        parts = _parts(batch, positions) if F.device.type in dispatch.WITH_SCRATCH else 1
-        shape = (batch, parts, 2)
-        sums = None if parts == 1 else torch.empty(shape, dtype=torch.float32, device=F.device)
+        count = parts(batch, positions) if F.device.type in dispatch.WITH_SCRATCH else 1
+        shape = (batch, count, 2)
+        sums = None if count == 1 else torch.empty(shape, dtype=torch.float32, device=F.device)
         dispatch.launch(
             "transition_loss", F, *arrays, table, epsilon, time_weight, _first(F, d), *outputs,
-            sums, *_geometry(F), parts, cosine, *_codes(F, x),
+            sums, *_geometry(F), count, cosine, *_codes(F, x),
         )  # fmt: skip
     else:  # the mean over no elements
         for output in (loss, denoising, weight):
