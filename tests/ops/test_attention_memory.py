@@ -8,15 +8,25 @@ import sys
 
 import pytest
 
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="/proc tells the resident set")
+
 PEAK = """
-import json, resource, torch
+import json, pathlib, torch
 from tim import ops
 n, m, heads, head_dim, dtype = {n}, {m}, {heads}, {head_dim}, torch.{dtype}
 q, t_q = (torch.randn(1, n, heads, head_dim).to(dtype) for _ in range(2))
 k, v, t_k, t_v = (torch.randn(1, m, heads, head_dim).to(dtype) for _ in range(4))
+me = pathlib.Path("/proc/self")
 
-def peak():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+def resident(name):
+    (line,) = (l for l in (me / "status").read_text().splitlines() if l.startswith(name))
+    return int(line.split()[1]) * 1024
+
+def grown(function):
+    (me / "clear_refs").write_text("5")  # the highest resident set from now on
+    before = resident("VmRSS")
+    result = function()
+    return result, resident("VmHWM") - before
 
 def gradients(leaves, g):
     for x in leaves:
@@ -26,9 +36,7 @@ def gradients(leaves, g):
 few = [x[:, :8].clone() for x in (q, k, v, t_q, t_k, t_v)]
 torch.func.jvp(ops.attention, tuple(few[:3]), tuple(few[3:]))
 gradients(few[:3], few[3])
-before = peak()
-out, t_out = torch.func.jvp(ops.attention, (q, k, v), (t_q, t_k, t_v))
-tangent = peak() - before
+(out, t_out), tangent = grown(lambda: torch.func.jvp(ops.attention, (q, k, v), (t_q, t_k, t_v)))
 rows = torch.tensor([0, n // 2, n - 1])
 q_, t_ = (x[:, rows].double() for x in (q, t_q))
 kv, t_kv = ([x.double() for x in some] for some in ((k, v), (t_k, t_v)))
@@ -36,19 +44,19 @@ exact = torch.func.jvp(ops.attention_reference, (q_, *kv), (t_, *t_kv))
 if dtype == torch.float32:
     for a, e in zip((out, t_out), exact):
         torch.testing.assert_close(a[:, rows].double(), e, rtol=1e-4, atol=1e-6)
+backward = 0
 if {backward}:
-    gradients((q, k, v), t_q)
+    _, backward = grown(lambda: gradients((q, k, v), t_q))
     assert k.grad.isfinite().all() and k.grad.abs().max() > 0
-print(json.dumps([tangent, peak() - before]))
+print(json.dumps([tangent, backward]))
 """
 
 
 def growth(
     *, n: int, m: int, heads: int, head_dim: int, dtype: str = "float32", backward: bool = False
 ) -> list[int]:
-    """Bytes that tangent, and tangent and backward pass, take beyond their operands.
-
-    Some rows of the tangent are checked on the way.
+    """Bytes by which the resident set grows at most in a call with tangents, and in a call with
+    its backward pass: results, and what is there only on the way. Some rows are checked.
     """
     script = PEAK.format(n=n, m=m, heads=heads, head_dim=head_dim, dtype=dtype, backward=backward)
     output = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
@@ -60,7 +68,7 @@ def growth(
     "sizes",
     [
         {"n": 4096, "m": 4096, "heads": 4, "head_dim": 32},
-        {"n": 65536, "m": 200, "heads": 1, "head_dim": 64},
+        {"n": 65536, "m": 2000, "heads": 1, "head_dim": 64},
         {"n": 200, "m": 65536, "heads": 1, "head_dim": 64},
     ],
     ids=str,
@@ -73,7 +81,7 @@ def test_memory_of_the_tangent_is_the_results_and_tiles(sizes):
         f"{grown / 2**20:.0f} MiB, one score matrix is {scores / 2**20:.0f} MiB"
     )
     # The results, and tiles of a size that the sequence has no part in.
-    assert grown < 1.5 * results + 2**23
+    assert 0 < grown < 1.5 * results + 2**23
 
 
 def test_memory_of_tangent_and_backward_grows_with_the_sequence_not_its_square():
@@ -81,7 +89,7 @@ def test_memory_of_tangent_and_backward_grows_with_the_sequence_not_its_square()
     short, long = (
         growth(n=n, m=n, heads=1, head_dim=16, dtype="bfloat16", backward=True) for n in lengths
     )
-    scores = 4 * lengths[1] ** 2
-    for name, less, more in zip(("tangent", "with backward"), short, long, strict=True):
+    scores = 2 * lengths[1] ** 2
+    for name, less, more in zip(("tangent", "backward"), short, long, strict=True):
         # Pages and pools of the allocator come in lumps.
-        assert more < 3 * less + 2**23 < scores / 8, f"{name}: {less} and {more} bytes"
+        assert 0 < more < 3 * less + 2**23 < scores / 4, f"{name}: {less} and {more} bytes"
