@@ -114,7 +114,15 @@ def test_a_digest_is_of_every_source_and_its_name(compiler_report, tmp_path) -> 
     assert compiler_report.digest(tmp_path) in seen
 
 
-def test_the_report_that_is_committed_is_of_these_sources_and_has_no_spills(
+#: Kernels that spill, and where: not on the architectures that are compiled for (pyproject.toml).
+SPILLING = {
+    (name.format(dtype), "sm_100")
+    for name in ("key_gradients<{}, 128>", "tangent<{}, 72, (Subset)1, 1>")
+    for dtype in ("Float16", "BFloat16")
+}
+
+
+def test_the_report_that_is_committed_is_of_these_sources_and_tells_what_spills(
     compiler_report,
 ) -> None:
     """After a change of a kernel: `python benchmarks/compiler_report.py --arch ... --json ...`."""
@@ -124,9 +132,12 @@ def test_the_report_that_is_committed_is_of_these_sources_and_has_no_spills(
     files = {source.name for source in compiler_report.SOURCES.glob("*.cu")}
     assert kept["files"].keys() == files
     kernels: dict[tuple[str, str], list[str]] = {}
+    spilling = set()
     for kernel in kept["kernels"]:
         kernels.setdefault((kernel["file"], kernel["arch"]), []).append(kernel["kernel"])
-        assert kernel["spill_stores"] == kernel["spill_loads"] == 0, kernel
+        if kernel["spill_stores"] or kernel["spill_loads"]:
+            spilling.add((kernel["kernel"], kernel["arch"]))
+    assert spilling == SPILLING
     with_kernels = files - {"kernels.cu"}  # the table of the others'
     assert kernels.keys() == set(itertools.product(with_kernels, ("sm_80", "sm_90a", "sm_100")))
     for (file, arch), names in kernels.items():
